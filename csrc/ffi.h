@@ -1,0 +1,106 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace genie {
+
+using xla::ffi::AnyBuffer;
+using xla::ffi::Attr;
+using xla::ffi::Buffer;
+using xla::ffi::DataType;
+using xla::ffi::Error;
+using xla::ffi::Result;
+using Dimensions = AnyBuffer::Dimensions;
+
+// An operand that may be absent: it then has shape [0], whatever its dtype.
+template <DataType dtype, size_t rank>
+using Optional = std::optional<Buffer<dtype, rank>>;
+
+// What a handler hands to a kernel for an operand that may be absent.
+template <class OptionalBuffer>
+auto* DataOrNull(const OptionalBuffer& buffer) {
+  return buffer ? buffer->typed_data() : nullptr;
+}
+
+// The C entry point of `handler`. Its signature is its whole binding. Handlers only launch on
+// the stream they are given and allocate nothing, so XLA may record them into CUDA graphs.
+template <auto handler>
+XLA_FFI_Error* EntryPoint(XLA_FFI_CallFrame* frame) {
+  static auto* bound =
+      xla::ffi::Ffi::BindTo(handler, {xla::ffi::Traits::kCmdBufferCompatible}).release();
+  return bound->Call(frame);
+}
+
+void AddTarget(const char* name, XLA_FFI_Error* (*entry_point)(XLA_FFI_CallFrame*));
+
+// A file-scope constant of this type puts `handler` into the table of targets under `name`.
+template <auto handler>
+struct Register {
+  explicit Register(const char* name) { AddTarget(name, EntryPoint<handler>); }
+};
+
+// An error unless the kernels were built for the current device, which XLA has made the stream's.
+// Python chose by the devices that it saw; an exported program may meet another one.
+Error DeviceStatus();
+
+// An error unless `status`, as a launch returned it, is success.
+Error LaunchStatus(cudaError_t status);
+
+// An error naming `what` unless `dimensions` are as expected.
+Error ShapeStatus(const char* what, std::initializer_list<int64_t> expected, Dimensions dimensions);
+
+// The same for each of `buffers`; those that are absent have no shape to be wrong.
+template <class... Buffers>
+Error ShapeStatus(const char* what, std::initializer_list<int64_t> expected,
+                  const Buffers&... buffers) {
+  Error error;
+  const auto check = [&](const auto& buffer) {
+    if constexpr (requires { buffer.has_value(); }) {
+      return !buffer || (error = ShapeStatus(what, expected, buffer->dimensions())).success();
+    } else {
+      return (error = ShapeStatus(what, expected, buffer.dimensions())).success();
+    }
+  };
+  (check(buffers) && ...);
+  return error;
+}
+
+}  // namespace genie
+
+namespace xla::ffi {
+
+// A parameter of type cudaStream_t is the stream that XLA runs the handler on.
+template <>
+struct CtxBinding<cudaStream_t> {
+  using Ctx = PlatformStream<cudaStream_t>;
+};
+
+template <DataType dtype, size_t rank>
+struct ArgBinding<std::optional<Buffer<dtype, rank>>> {
+  using Arg = genie::Optional<dtype, rank>;
+};
+
+template <DataType dtype, size_t rank>
+struct ArgDecoding<std::optional<Buffer<dtype, rank>>> {
+  static std::optional<genie::Optional<dtype, rank>> Decode(XLA_FFI_ArgType type, void* arg,
+                                                            DiagnosticEngine& diagnostic) {
+    const auto any = ArgDecoding<AnyBuffer>::Decode(type, arg, diagnostic);
+    if (!any) return std::nullopt;
+    const Dimensions dimensions = any->dimensions();
+    if (dimensions.size() == 1 && dimensions[0] == 0) return genie::Optional<dtype, rank>();
+    auto buffer = ArgDecoding<Buffer<dtype, rank>>::Decode(type, arg, diagnostic);
+    if (!buffer) return std::nullopt;
+    return genie::Optional<dtype, rank>(*buffer);
+  }
+
+ private:
+  using Dimensions = genie::Dimensions;
+};
+
+}  // namespace xla::ffi

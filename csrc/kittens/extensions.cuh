@@ -1,0 +1,84 @@
+// What ThunderKittens' vocabulary lacks, built on the layouts alone. Include kittens.cuh first: it
+// may be ours or upstream's.
+#pragma once
+
+namespace genie {
+
+// Makes this thread's writes to shared memory visible to TMA and WGMMA; a barrier follows.
+__device__ inline void FenceAsyncProxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Keeps the compiler from reading an accumulator before the wait that precedes this call.
+template <typename Tile>
+__device__ inline void Pin(Tile& tile) {
+#pragma unroll
+  for (int i = 0; i < Tile::height; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        asm volatile("" : "+f"(tile.tiles[i][j].data[k].x), "+f"(tile.tiles[i][j].data[k].y));
+      }
+    }
+  }
+}
+
+// sigmoid(2 x) = (tanh(x) + 1) / 2 in one special-function operation.
+struct Tanh {
+  template <typename T>
+  static __device__ T op(T x) {
+    T y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y.x) : "f"(x.x));
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y.y) : "f"(x.y));
+    return y;
+  }
+};
+
+// A 16-row row-layout tile as the column-layout tile of its transpose: the same registers.
+template <typename T, int cols>
+__device__ inline auto& Transposed(kittens::rt<T, 16, cols, kittens::row_l>& tile) {
+  return reinterpret_cast<kittens::rt<T, cols, 16, kittens::col_l>&>(tile);
+}
+
+// Zeros the rows of a 16-row, 16-bit tile whose `keep` is zero, whatever they hold; keep[0] is for
+// row lane / 4, keep[1] for row lane / 4 + 8.
+template <typename Tile>
+__device__ inline void KeepRows(Tile& tile, const unsigned (&keep)[2]) {
+  static_assert(Tile::height == 1 && sizeof(typename Tile::dtype) == 4);
+#pragma unroll
+  for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      auto& pair = reinterpret_cast<unsigned&>(tile.tiles[0][j].data[k]);
+      pair = keep[k % 2] ? pair : 0u;
+    }
+  }
+}
+
+// x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,
+// one rounding. z is overwritten.
+template <typename T, int C>
+__device__ inline void LayerNorm(kittens::rt<T, 16, C>& x, kittens::rt_fl<16, C>& z,
+                                 const kittens::sv_fl<C>& scale, const kittens::sv_fl<C>& bias,
+                                 float epsilon) {
+  using namespace kittens;
+  col_vec<rt_fl<16, C>> mean, variance;
+  warp::row_sum(mean, z);
+  warp::mul(mean, mean, 1.f / C);
+  warp::sub_row(z, z, mean);
+  rt_fl<16, C> square;
+  warp::mul(square, z, z);
+  warp::row_sum(variance, square);
+  const auto inverse_deviation =
+      warp::apply(variance, [&](int, float sum) { return rsqrtf(sum * (1.f / C) + epsilon); });
+  warp::mul_row(z, z, inverse_deviation);
+  row_vec<rt_fl<16, C>> per_channel;
+  warp::load(per_channel, scale);
+  warp::mul_col(z, z, per_channel);
+  warp::load(per_channel, bias);
+  warp::add_col(z, z, per_channel);
+  warp::copy(x, z);
+}
+
+}  // namespace genie

@@ -1,0 +1,93 @@
+#include "ffi.h"
+#include "triangle_multiplication/project_sm90.h"
+
+namespace genie {
+namespace {
+
+using xla::ffi::F32;
+using xla::ffi::U8;
+
+constexpr char kEpsilon[] = "epsilon";
+using Epsilon = Attr<float, kEpsilon>;
+
+constexpr int64_t kColumnTile = 64;  // columns of a and b are padded to a multiple of it
+
+// Of a dtype that DtypeStatus let pass.
+Float FloatOf(DataType dtype) {
+  if (dtype == DataType::BF16) return Float::kBf16;
+  return dtype == DataType::F16 ? Float::kF16 : Float::kF32;
+}
+
+// An error unless z has 16 bits, a and b are like it, and both kernels are, or hold float32.
+Error DtypeStatus(const AnyBuffer& z, const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel,
+                  const AnyBuffer& a, const AnyBuffer& b) {
+  const DataType dtype = z.element_type(), kernel_dtype = proj_kernel.element_type();
+  if (dtype != DataType::BF16 && dtype != DataType::F16) {
+    return Error::InvalidArgument("z must be bfloat16 or float16");
+  }
+  if (a.element_type() != dtype || b.element_type() != dtype) {
+    return Error::InvalidArgument("a and b must have z's dtype");
+  }
+  if (gate_kernel.element_type() != kernel_dtype ||
+      (kernel_dtype != dtype && kernel_dtype != DataType::F32)) {
+    return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
+  }
+  return Error::Success();
+}
+
+Error Launched(const GatedProjection& projection, cudaStream_t stream) {
+  if (Error error = DeviceStatus(); error.failure()) return error;
+  const cudaError_t status = Launch(projection, stream);
+  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
+  return Error::InvalidArgument("no kernel serves " + std::to_string(projection.channels) +
+                                " channels and " + std::to_string(projection.hidden) + " hidden");
+}
+
+Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<U8, 3> mask,
+                             Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
+                             AnyBuffer proj_kernel, AnyBuffer gate_kernel,
+                             Optional<F32, 1> proj_bias, Optional<F32, 1> gate_bias,
+                             Result<AnyBuffer> a, Result<AnyBuffer> b, Epsilon epsilon) {
+  if (z.dimensions().size() != 4 || a->dimensions().size() != 4) {
+    return Error::InvalidArgument("z and a must have 4 dimensions");
+  }
+  const int64_t batch = z.dimensions()[0], rows = z.dimensions()[1], columns = z.dimensions()[2],
+                channels = z.dimensions()[3], hidden = a->dimensions()[1],
+                padded = (columns + kColumnTile - 1) / kColumnTile * kColumnTile;
+  for (const Error& error :
+       {DtypeStatus(z, proj_kernel, gate_kernel, *a, *b),
+        ShapeStatus("a and b", {batch, hidden, rows, padded}, *a, *b),
+        ShapeStatus("mask", {batch, rows, columns}, mask),
+        ShapeStatus("norm_scale and norm_bias", {channels}, norm_scale, norm_bias),
+        ShapeStatus("proj_kernel and gate_kernel", {channels, 2 * hidden}, proj_kernel,
+                    gate_kernel),
+        ShapeStatus("proj_bias and gate_bias", {2 * hidden}, proj_bias, gate_bias)}) {
+    if (error.failure()) return error;
+  }
+  if (a->element_count() == 0) return Error::Success();
+  return Launched({.z = z.untyped_data(),
+                   .mask = DataOrNull(mask),
+                   .a = a->untyped_data(),
+                   .b = b->untyped_data(),
+                   .dtype = FloatOf(z.element_type()),
+                   .norm_scale = norm_scale.typed_data(),
+                   .norm_bias = norm_bias.typed_data(),
+                   .proj_kernel = proj_kernel.untyped_data(),
+                   .gate_kernel = gate_kernel.untyped_data(),
+                   .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                   .proj_bias = DataOrNull(proj_bias),
+                   .gate_bias = DataOrNull(gate_bias),
+                   .batch = batch,
+                   .rows = rows,
+                   .columns = columns,
+                   .columns_padded = padded,
+                   .channels = static_cast<int>(channels),
+                   .hidden = static_cast<int>(hidden),
+                   .epsilon = *epsilon},
+                  stream);
+}
+
+const Register<GatedProjectionForward> forward("genie_gated_projection_fwd");
+
+}  // namespace
+}  // namespace genie

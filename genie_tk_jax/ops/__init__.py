@@ -1,0 +1,1 @@
+"""The functional API, one file an op: signature, reference, stages and derivative."""

@@ -1,0 +1,110 @@
+"""Stage 1 of triangle multiplication: layer norm, projections a and b, their gates, the mask."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from genie_tk_jax import _contract, _dispatch, _reference
+from genie_tk_jax._stage import stage
+from genie_tk_jax.params import axis_size, checked, triangle_multiplication_spec
+
+GROUPS = ("norm_in", "proj_in", "gate_in")
+
+
+def reference(arrays, weights, *, epsilon):
+    """z [B, I, K, C], mask bool [B, I, K] or None -> a, b [B, Hm, I, K]."""
+    z, mask = arrays
+    x = _reference.layer_norm(_reference.readable(z, mask), **weights["norm_in"], epsilon=epsilon)
+    gate = jax.nn.sigmoid(_reference.linear("bikc,ch->bikh", x, weights["gate_in"]))
+    ab = gate * _reference.linear("bikc,ch->bikh", x, weights["proj_in"])
+    if mask is not None:
+        ab = jnp.where(mask[..., None], ab, 0)
+    a, b = jnp.split(jnp.moveaxis(ab, -1, 1), 2, axis=1)
+    return a, b
+
+
+def _backward_reference(arrays, weights, *, epsilon):
+    z, mask, *cotangents = arrays
+    (dz,), d_weights = _reference.pullback(
+        partial(reference, epsilon=epsilon), (z,), (mask,), weights, tuple(cotangents)
+    )
+    return dz, d_weights
+
+
+AXES = "b i k c, b i k"
+forward = stage("gated_projection", reference, f"{AXES} -> b h i k, b h i k", whole="c h")
+backward = stage(
+    "gated_projection_backward",
+    _backward_reference,
+    f"{AXES}, b h i k, b h i k -> b i k c",
+    whole="c h",
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _op(z, mask, weights, epsilon, implementation):
+    return forward((z, mask), weights, implementation=implementation, epsilon=epsilon)
+
+
+def _op_forward(z, mask, weights, epsilon, implementation):
+    return _op(z, mask, weights, epsilon, implementation), (z, mask, weights)
+
+
+def _op_backward(epsilon, implementation, residuals, cotangents):
+    z, mask, weights = residuals
+    dz, d_weights = backward(
+        (z, mask, *cotangents), weights, implementation=implementation, epsilon=epsilon
+    )
+    return dz, None, _reference.like(d_weights, weights)
+
+
+_op.defvjp(_op_forward, _op_backward)
+
+
+def gated_projection(
+    z: jax.Array,
+    mask: jax.Array | None,
+    params: dict,
+    *,
+    epsilon: float = 1e-5,
+    implementation: _dispatch.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The operands of triangle multiplication's contraction, channel first.
+
+    x = LayerNorm(z); a | b = mask * sigmoid(x W_gate) * (x W_proj), halves of one projection.
+
+    Args:
+      z: pair representation [*, I, K, c_z], float32, bfloat16 or float16; need not be square.
+      mask: [*, I, K], bool or 0/1 of any dtype, or None for all valid. Masked pairs give zero,
+        whatever z holds there.
+      params: "norm_in", "proj_in" and "gate_in" of `init_triangle_multiplication`; other groups
+        are not read.
+      epsilon: of the layer norm.
+      implementation: "cuda", "xla", or None for the kernel wherever it serves.
+
+    Returns:
+      a, b [*, c_hidden, I, K] in z's dtype.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; says which, and what would.
+      NotImplementedError: "cuda" was asked for and cannot serve; says why.
+
+    Source: Jumper et al. 2021, supplementary Algorithms 11 and 12, lines 1 and 2.
+    """
+    op = "gated_projection"
+    shapes = _contract.Shapes(op)
+    z, mask = _contract.pair(shapes, z, mask, "... I K c_z")
+    _contract.one_of(op, "implementation", implementation, _contract.IMPLEMENTATIONS)
+    spec = triangle_multiplication_spec(
+        shapes["c_z"], axis_size(params, "proj_in", "kernel", 1) // 2
+    )
+    weights = checked(op, params, spec, GROUPS)
+
+    z, mask = shapes.fold(z, mask)
+    if implementation == "xla":
+        _dispatch.choose(op, "xla", None, (z, mask))
+        a, b = reference((z, mask), weights, epsilon=epsilon)
+    else:
+        a, b = _op(z, mask, weights, epsilon, implementation)
+    return shapes.unfold(a), shapes.unfold(b)

@@ -1,0 +1,178 @@
+"""The core of triangle attention: attention along every row of a pair, one bias for all rows."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from genie_tk_jax import _contract, _dispatch, _reference
+from genie_tk_jax._stage import stage
+
+
+def softmax_of_row(q, k, v, bias, mask):
+    """q [B, Q, H, D], k, v [B, K, H, D], bias [B, H, Q, K], mask [B, K] -> o like q, lse [B, H, Q].
+
+    Bias and mask may be None. A row without a valid key gives zeros, with lse -inf.
+    """
+    dtype = _reference.statistics_dtype(q.dtype)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
+    logits = logits / math.sqrt(q.shape[-1])
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
+    lowest = jnp.finfo(dtype).min
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, lowest)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=lowest))
+    weights = jnp.exp(logits - peak)
+    if mask is not None:
+        weights = jnp.where(mask[:, None, None, :], weights, 0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    safe = jnp.where(total == 0, 1, total)
+    o = jnp.einsum("bhqk,bkhd->bqhd", (weights / safe).astype(v.dtype), v)
+    lse = jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe))
+    return o, lse[..., 0]
+
+
+def reference(arrays, weights, *, with_lse):
+    """q [B, I, Q, H, D], k, v [B, I, K, H, D], bias [B, H, Q, K], mask [B, I, K] -> o, lse.
+
+    lse is float32 [B, I, H, Q], in nats; without `with_lse` the result is o alone.
+    """
+    q, k, v, bias, mask = arrays
+    # In float32 while it is shared: the gradients of its many rows sum in its dtype.
+    bias = None if bias is None else bias.astype(_reference.statistics_dtype(bias.dtype))
+    batch, _, queries, heads, _ = q.shape
+    o, lse = _reference.over_rows(
+        lambda q, k, v, mask: softmax_of_row(q, k, v, bias, mask),
+        batch * heads * queries * k.shape[2],
+        (q, k, v, mask),
+    )
+    return (o, lse) if with_lse else o
+
+
+def _backward_reference(arrays, weights):
+    """The operands of the forward, o, lse and do -> dq, dk, dv, dbias (float32)."""
+    q, k, v, bias, mask, _, _, d_o = arrays
+    bias = None if bias is None else bias.astype(_reference.statistics_dtype(bias.dtype))
+    differentiated = (q, k, v) if bias is None else (q, k, v, bias)
+
+    def function(operands, weights):
+        operands = operands if bias is not None else (*operands[:3], None, operands[3])
+        return reference(operands, weights, with_lse=False)
+
+    gradients, _ = _reference.pullback(
+        function, differentiated, (mask,), weights, d_o, in_turn=True
+    )
+    return gradients
+
+
+QUERY, KEY, BIAS, MASK, LSE = "b i q h d", "b i k h d", "b h q k", "b i k", "b i h q"
+OPERANDS = f"{QUERY}, {KEY}, {KEY}, {BIAS}, {MASK}"
+_forward = {
+    True: stage("attend", reference, f"{OPERANDS} -> {QUERY}, {LSE}", whole="k d", fold="i"),
+    False: stage("attend", reference, f"{OPERANDS} -> {QUERY}", whole="k d", fold="i"),
+}
+_backward = {
+    True: stage(
+        "attend_backward",
+        _backward_reference,
+        f"{OPERANDS}, {QUERY}, {LSE}, {QUERY} -> {QUERY}, {KEY}, {KEY}, {BIAS}",
+        whole="k d",
+    ),
+    False: stage(
+        "attend_backward",
+        _backward_reference,
+        f"{OPERANDS}, {QUERY}, {LSE}, {QUERY} -> {QUERY}, {KEY}, {KEY}",
+        whole="k d",
+    ),
+}
+
+
+def forward(operands, *, with_lse, implementation):
+    """o, and lse when it is wanted, of operands (q, k, v, bias, mask)."""
+    return _forward[with_lse](operands, {}, implementation=implementation, with_lse=with_lse)
+
+
+def backward(operands, o, lse, d_o, *, implementation):
+    """dq, dk, dv and, when there is a bias, dbias in float32."""
+    with_bias = operands[3] is not None
+    return _backward[with_bias]((*operands, o, lse, d_o), {}, implementation=implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _op(q, k, v, bias, mask, implementation):
+    return forward((q, k, v, bias, mask), with_lse=False, implementation=implementation)
+
+
+def _op_forward(q, k, v, bias, mask, implementation):
+    operands = (q, k, v, bias, mask)
+    o, lse = forward(operands, with_lse=True, implementation=implementation)
+    return o, (operands, o, lse)
+
+
+def _op_backward(implementation, residuals, d_o):
+    operands, o, lse = residuals
+    dq, dk, dv, *d_bias = backward(operands, o, lse, d_o, implementation=implementation)
+    d_bias = d_bias[0].astype(operands[3].dtype) if d_bias else None
+    return dq, dk, dv, d_bias, None
+
+
+_op.defvjp(_op_forward, _op_backward)
+
+
+def pair_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    *,
+    implementation: _dispatch.Implementation | None = None,
+) -> jax.Array:
+    """Attention along every row i of a pair representation, with one bias for all rows.
+
+    out[i, q] = sum_k softmax_k(q[i, q] . k[i, k] / sqrt(D) + bias[q, k]) v[i, k], a head at a time.
+
+    Logits and bias are in nats; logits, softmax and sums run in float32. A row with no valid key
+    gives zeros, and zero gradients. Memory is O(rows * queries), forward and backward.
+
+    Args:
+      q: [*, I, Q, H, D], float32, bfloat16 or float16, finite.
+      k, v: [*, I, K, H, D], in q's dtype, finite.
+      bias: [*, H, Q, K], any of these dtypes, finite; or None.
+      mask: [*, I, K], bool or 0/1 of any dtype, False where key k of row i takes no part; or None.
+      implementation: "cuda", "xla", or None for the kernel wherever it serves.
+
+    Returns:
+      [*, I, Q, H, D] in q's dtype.
+
+    Raises:
+      ValueError, TypeError: an argument does not fit; says which, and what would.
+      NotImplementedError: "cuda" was asked for and cannot serve; says why.
+
+    Source: Jumper et al. 2021, supplementary Algorithm 13, lines 5 and 6 (gate left to the caller).
+    """
+    op = "pair_attention"
+    shapes = _contract.Shapes(op)
+    cure = "Heads and channels are the last two axes: no axis is moved for you."
+    named = {"q": (q, "... I Q H D"), "k": (k, "... I K H D"), "v": (v, "... I K H D")}
+    for name, (array, pattern) in named.items():
+        shapes.bind(name, array, pattern, cure)
+    q, k, v = (_contract.floating(op, name, array) for name, (array, _) in named.items())
+    _contract.same_dtype(op, q=q, k=k, v=v)
+    if bias is not None:
+        shapes.bind("bias", bias, "... H Q K", "The bias is shared by all rows I.")
+        bias = _contract.floating(op, "bias", bias)
+    if mask is not None:
+        shapes.bind("mask", mask, "... I K", "The mask is that of the keys of each row.")
+    mask = _contract.truth(op, mask)
+    _contract.one_of(op, "implementation", implementation, _contract.IMPLEMENTATIONS)
+
+    operands = shapes.fold(q, k, v, bias, mask)
+    if implementation == "xla":
+        _dispatch.choose(op, "xla", None, operands)
+        out = reference(operands, {}, with_lse=False)
+    else:
+        out = _op(*operands, implementation)
+    return shapes.unfold(out)

@@ -1,0 +1,101 @@
+"""Python and C++ agree on every target, as far as a machine without a GPU can tell.
+
+Registered for the CPU and called as Python calls it, a handler must fail to decode its first
+operand, the CUDA stream, and nothing else: so all that follows has the number, dtypes and ranks
+that its signature binds, and attributes have their names and types.
+"""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from genie_tk_jax import _ffi
+
+
+def gated_projection_fwd(**changes):
+    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 64, 128, 64
+    operands = {
+        "z": jnp.zeros((batch, rows, columns, channels), jnp.bfloat16),
+        "mask": jnp.zeros((batch, rows, columns), jnp.uint8),
+        "norm_scale": jnp.zeros(channels),
+        "norm_bias": jnp.zeros(channels),
+        "proj_kernel": jnp.zeros((channels, 2 * hidden)),
+        "gate_kernel": jnp.zeros((channels, 2 * hidden)),
+        "proj_bias": jnp.zeros(2 * hidden),
+        "gate_bias": jnp.zeros(2 * hidden),
+    }
+    result = jax.ShapeDtypeStruct((batch, hidden, rows, padded), jnp.bfloat16)
+    attributes = {"epsilon": 1e-5}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return _ffi.call(
+        "genie_gated_projection_fwd", (result, result), *operands.values(), **attributes
+    )
+
+
+CALLS = {"genie_gated_projection_fwd": gated_projection_fwd}
+
+
+@pytest.fixture(scope="module")
+def targets():
+    if not _ffi.AVAILABLE:
+        assert not os.environ.get("GENIE_EXPECT_KERNELS"), _ffi.WHY_ABSENT
+        pytest.skip(str(_ffi.WHY_ABSENT))
+    for name, handler in _ffi.TARGETS.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return _ffi.TARGETS
+
+
+def refused_operands(call, **arguments) -> list[int]:
+    """Which of its parameters, the stream being 0, a handler could not decode."""
+    with pytest.raises(Exception, match="Failed to decode all FFI handler operands") as failure:
+        jax.block_until_ready(jax.jit(lambda: call(**arguments))())
+    (numbers,) = re.findall(r"bad operands at: ([\d, ]+)\)", str(failure.value))
+    return [int(number) for number in numbers.split(",")]
+
+
+def test_every_target_is_tested_here(targets):
+    assert set(targets) == set(CALLS)
+    assert _ffi.COMPUTE_CAPABILITIES
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_only_the_stream_is_missing_on_the_cpu(targets, call):
+    assert refused_operands(call) == [0]
+
+
+@pytest.mark.parametrize("absent", [("mask",), ("proj_bias", "gate_bias")], ids="-".join)
+def test_operands_may_be_absent(targets, absent):
+    assert refused_operands(gated_projection_fwd, **dict.fromkeys(absent)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"mask": jnp.zeros((2, 3, 5))}, 2),
+        ({"mask": jnp.zeros((2, 3), jnp.uint8)}, 2),
+        ({"norm_bias": jnp.zeros(128, jnp.bfloat16)}, 4),
+        ({"proj_bias": jnp.zeros(128, jnp.bfloat16)}, 7),
+        ({"epsilon": 1}, 11),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
+def test_the_contract_test_can_fail(targets, changes, refused):
+    assert refused_operands(gated_projection_fwd, **changes) == [0, refused]
+
+
+@pytest.mark.parametrize("enable_x64", [False, True])
+def test_attributes_have_one_type_whatever_jax_is_set_to(enable_x64):
+    result = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def call():
+        return _ffi.call("not_registered", result, length=3, epsilon=0.5, exact=True, kind="a")
+
+    with jax.enable_x64(enable_x64):
+        text = jax.jit(call).lower().as_text()
+    for attribute in ("length = 3 : i64", "epsilon = 5.000000e-01 : f32", "exact = true"):
+        assert attribute in text
+    assert 'kind = "a"' in text
