@@ -2,9 +2,12 @@
 #   PYTHON       the Python that .venv is made with, 3.11 or later
 #   KERNELS      whose nvcc builds the kernels: nvcc (this machine's), pypi (installed in build/),
 #                off (no kernels), auto (nvcc; or pypi beside a GPU that can run it; or off)
+#   JOBS         how many tests run at once
 #   DEMO_ARGS, PYTEST_ARGS, CMAKE_ARGS   passed on
 PYTHON ?= python3
 KERNELS ?= auto
+# JAX compiles on one core, so two at a time pay; one GPU is not shared.
+JOBS ?= $(if $(DRIVER),0,2)
 comma := ,
 
 # The major version of the GPU's driver, empty where there is no GPU. CUDA 13 needs 580.
@@ -39,6 +42,7 @@ requires = $(shell $(PYTHON) -c 'import shlex, tomllib; \
   print(*(shlex.quote(r) for r in requires if r.startswith("$(1)") == $(2)))')
 TOOLS = $(call requires,jax,False) cmake ninja
 FLOOR = $(call requires,jax,True) flax==0.12.0
+PYTEST = -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: demo test test-floor lint kernels carry clean
 .DELETE_ON_ERROR:
@@ -47,10 +51,10 @@ demo: .venv/.demo
 	.venv/bin/genie-tk-jax demo $(DEMO_ARGS)
 
 test: lint
-	.venv/bin/pytest $(PYTEST_ARGS)
+	.venv/bin/pytest $(PYTEST)
 
 test-floor: .venv-floor/.test
-	.venv-floor/bin/pytest $(PYTEST_ARGS)
+	.venv-floor/bin/pytest $(PYTEST)
 
 lint: .venv/.test
 	.venv/bin/ruff check .
@@ -86,7 +90,7 @@ clean:
 
 # Not editable: here the tests run on what a wheel holds.
 .venv-floor/.test: .venv-floor/.python $(MODULE) $(shell find genie_tk_jax -type f -not -name '*.pyc')
-	.venv-floor/bin/$(INSTALL) '.[demo]' $(FLOOR) pytest
+	.venv-floor/bin/$(INSTALL) '.[demo]' $(FLOOR) pytest pytest-xdist
 	touch $@
 
 build/.mode-$(MODE):

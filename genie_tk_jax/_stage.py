@@ -8,7 +8,8 @@ weights included, which the op sums. `stage` nests what each transformation need
     custom_partitioning  runs each device on its own shard, so pointwise stages never gather z;
     platform_dependent   takes the kernel on CUDA and the reference elsewhere.
 
-Derivatives are the business of the op, whose custom_vjp calls a forward and a backward stage.
+Derivatives are the business of the op, whose custom_vjp calls a forward and a backward stage; a
+stage itself refuses to be differentiated, and says what to do.
 """
 
 import functools
@@ -95,7 +96,18 @@ def stage(
         def _(axis_size, in_batched, arrays, weights):
             return _fold(mapped, parsed, fold, axis_size, in_batched, arrays, weights)
 
-        return mapped
+        @jax.custom_jvp
+        def underived(arrays, weights):
+            return mapped(arrays, weights)
+
+        @underived.defjvp
+        def _(primals, tangents):
+            raise NotImplementedError(
+                f"{name} has no derivative of its own. Forward mode and second derivatives need "
+                "implementation='xla', which is plain JAX."
+            )
+
+        return underived
 
     def call(arrays: Arrays, weights: Any, *, implementation: str | None = None, **static: Any):
         why = refusal(arrays, weights, static)

@@ -42,7 +42,7 @@ class _TriangleMultiplication(nnx.Module):
       use_bias: biases in the four linear layers.
       residual: return z + update.
       epsilon: of both layer norms.
-      init: "alphafold", under which the first update is zero, or "random".
+      init_scheme: "alphafold", under which the first update is zero, or "random".
       dtype: z is cast to it; None computes in z's own.
       param_dtype: dtype of the parameters.
       implementation: "cuda", "xla", or None for kernels wherever they serve.
@@ -59,14 +59,16 @@ class _TriangleMultiplication(nnx.Module):
         use_bias: bool = True,
         residual: bool = False,
         epsilon: float = 1e-5,
-        init: str = "alphafold",
+        init_scheme: str = "alphafold",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         spec = triangle_multiplication_spec(c_z, c_hidden)
-        self._groups = _hold(self, spec, rngs, use_bias=use_bias, init=init, dtype=param_dtype)
+        self._groups = _hold(
+            self, spec, rngs, use_bias=use_bias, init=init_scheme, dtype=param_dtype
+        )
         self.residual, self.epsilon = residual, epsilon
         self.dtype = dtype
         self.implementation: Implementation | None = implementation
@@ -106,7 +108,7 @@ class _TriangleAttention(nnx.Module):
         knows a difference.
       residual: return z + update.
       epsilon: of the layer norm.
-      init: "alphafold", under which the first update is zero, or "random".
+      init_scheme: "alphafold", under which the first update is zero, or "random".
       dtype: z is cast to it; None computes in z's own.
       param_dtype: dtype of the parameters.
       implementation: "cuda", "xla", or None for kernels wherever they serve.
@@ -125,14 +127,16 @@ class _TriangleAttention(nnx.Module):
         ending_bias: str = "swapped",
         residual: bool = False,
         epsilon: float = 1e-5,
-        init: str = "alphafold",
+        init_scheme: str = "alphafold",
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         spec = triangle_attention_spec(c_in, c_hidden, no_heads)
-        self._groups = _hold(self, spec, rngs, use_bias=use_bias, init=init, dtype=param_dtype)
+        self._groups = _hold(
+            self, spec, rngs, use_bias=use_bias, init=init_scheme, dtype=param_dtype
+        )
         self.ending_bias, self.residual, self.epsilon = ending_bias, residual, epsilon
         self.dtype = dtype
         self.implementation: Implementation | None = implementation

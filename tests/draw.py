@@ -54,7 +54,7 @@ def core(seed, rows, queries, keys, heads=2, width=8, batch=(), dtype=jnp.float3
     bias = rng.normal(size=(*batch, heads, queries, keys))
     valid = rng.random((*batch, rows, keys)) < 0.75
     valid[..., 0, :] = False
-    valid[..., 1 % rows, :] = np.arange(keys) == keys // 2
+    valid[..., 1:2, :] = np.arange(keys) == keys // 2
     return *(jnp.asarray(x, dtype) for x in (q, k, v, bias)), valid
 
 

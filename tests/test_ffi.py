@@ -10,6 +10,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from genie_tk_jax import _ffi
@@ -18,14 +19,14 @@ from genie_tk_jax import _ffi
 def gated_projection_fwd(**changes):
     batch, rows, columns, padded, channels, hidden = 2, 3, 5, 64, 128, 64
     operands = {
-        "z": jnp.zeros((batch, rows, columns, channels), jnp.bfloat16),
-        "mask": jnp.zeros((batch, rows, columns), jnp.uint8),
-        "norm_scale": jnp.zeros(channels),
-        "norm_bias": jnp.zeros(channels),
-        "proj_kernel": jnp.zeros((channels, 2 * hidden)),
-        "gate_kernel": jnp.zeros((channels, 2 * hidden)),
-        "proj_bias": jnp.zeros(2 * hidden),
-        "gate_bias": jnp.zeros(2 * hidden),
+        "z": np.zeros((batch, rows, columns, channels), jnp.bfloat16),
+        "mask": np.zeros((batch, rows, columns), np.uint8),
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        "proj_kernel": np.zeros((channels, 2 * hidden), np.float32),
+        "gate_kernel": np.zeros((channels, 2 * hidden), np.float32),
+        "proj_bias": np.zeros(2 * hidden, np.float32),
+        "gate_bias": np.zeros(2 * hidden, np.float32),
     }
     result = jax.ShapeDtypeStruct((batch, hidden, rows, padded), jnp.bfloat16)
     attributes = {"epsilon": 1e-5}
@@ -51,7 +52,8 @@ def targets():
 
 def refused_operands(call, **arguments) -> list[int]:
     """Which of its parameters, the stream being 0, a handler could not decode."""
-    with pytest.raises(Exception, match="Failed to decode all FFI handler operands") as failure:
+    decoding = pytest.raises(Exception, match="Failed to decode all FFI handler operands")
+    with jax.default_device(jax.devices("cpu")[0]), decoding as failure:
         jax.block_until_ready(jax.jit(lambda: call(**arguments))())
     (numbers,) = re.findall(r"bad operands at: ([\d, ]+)\)", str(failure.value))
     return [int(number) for number in numbers.split(",")]
@@ -75,10 +77,10 @@ def test_operands_may_be_absent(targets, absent):
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ({"mask": jnp.zeros((2, 3, 5))}, 2),
-        ({"mask": jnp.zeros((2, 3), jnp.uint8)}, 2),
-        ({"norm_bias": jnp.zeros(128, jnp.bfloat16)}, 4),
-        ({"proj_bias": jnp.zeros(128, jnp.bfloat16)}, 7),
+        ({"mask": np.zeros((2, 3, 5), np.float32)}, 2),
+        ({"mask": np.zeros((2, 3), np.uint8)}, 2),
+        ({"norm_bias": np.zeros(128, jnp.bfloat16)}, 4),
+        ({"proj_bias": np.zeros(128, jnp.bfloat16)}, 7),
         ({"epsilon": 1}, 11),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
@@ -89,7 +91,7 @@ def test_the_contract_test_can_fail(targets, changes, refused):
 
 @pytest.mark.parametrize("enable_x64", [False, True])
 def test_attributes_have_one_type_whatever_jax_is_set_to(enable_x64):
-    result = jax.ShapeDtypeStruct((), jnp.float32)
+    result = jax.ShapeDtypeStruct((), np.float32)
 
     def call():
         return _ffi.call("not_registered", result, length=3, epsilon=0.5, exact=True, kind="a")
@@ -99,3 +101,24 @@ def test_attributes_have_one_type_whatever_jax_is_set_to(enable_x64):
     for attribute in ("length = 3 : i64", "epsilon = 5.000000e-01 : f32", "exact = true"):
         assert attribute in text
     assert 'kind = "a"' in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"z": np.zeros((2, 3, 5, 128), np.float32)}, "z must be bfloat16 or float16"),
+        ({"z": np.zeros((3, 5, 128), jnp.bfloat16)}, "z and a must have 4 dimensions"),
+        (
+            {"mask": np.zeros((2, 5, 3), np.uint8)},
+            r"mask must have shape \[2, 3, 5\]; got \[2, 5, 3\]",
+        ),
+        ({"norm_bias": np.zeros(64, np.float32)}, r"norm_bias must have shape \[128\]; got \[64\]"),
+        ({"gate_kernel": np.zeros((128, 128), jnp.bfloat16)}, "must both be float32 or z's dtype"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_handler_refuses_in_words_and_lives_on(targets, changes, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(lambda: gated_projection_fwd(**changes))())
+    jax.block_until_ready(jax.jit(gated_projection_fwd)())

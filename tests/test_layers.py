@@ -266,7 +266,18 @@ def test_public_stages_make_up_the_layer(implementation):
         assert distance(ours, theirs) < 1e-6
 
 
-@pytest.mark.parametrize("op, how", LAYERS, ids=LAYER_IDS)
+@layers
+def test_second_derivatives_of_the_staged_path_are_refused(op, how):
+    z, weights = pair(1, 4, 8), params(op, 3, 8)
+
+    def scalar(z):
+        return jnp.sum(jnp.sin(getattr(genie_tk_jax, op)(z, None, weights, **how)))
+
+    with pytest.raises(NotImplementedError, match="implementation='xla'"):
+        jax.grad(lambda z: jnp.sum(jax.grad(scalar)(z)))(z)
+
+
+@layers
 def test_xla_has_forward_mode_and_second_derivatives(op, how):
     z, weights = pair(1, 4, 8), params(op, 3, 8)
     layer = getattr(genie_tk_jax, op)

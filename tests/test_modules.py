@@ -40,7 +40,9 @@ def tree_of(module):
 def test_nnx_linen_and_function_agree(op, how, use_bias, residual):
     name, extra = settings(how)
     how_made = dict(use_bias=use_bias, residual=residual, **extra)
-    module = getattr(genie_tk_jax, name)(*widths(op), **how_made, init="random", rngs=nnx.Rngs(0))
+    module = getattr(genie_tk_jax, name)(
+        *widths(op), **how_made, init_scheme="random", rngs=nnx.Rngs(0)
+    )
     z, valid = pair(1, 6, C), mask(2, 6)
     weights = tree_of(module)
     expected = getattr(genie_tk_jax, op)(z, valid, weights, **how, residual=residual)
@@ -63,7 +65,9 @@ def test_both_frameworks_make_the_canonical_tree(op, how):
 
 
 def test_nnx_trains_under_jit():
-    module = genie_tk_jax.TriangleAttentionEndingNode(C, 4, 3, rngs=nnx.Rngs(0), init="random")
+    module = genie_tk_jax.TriangleAttentionEndingNode(
+        C, 4, 3, rngs=nnx.Rngs(0), init_scheme="random"
+    )
     z, valid = pair(1, 5, C), mask(2, 5)
 
     @nnx.jit

@@ -1,5 +1,4 @@
-// One problem of the gated projection: its inputs on the device, a run checked against float64, and
-// its time.
+// One problem of the gated projection: its inputs on the device, a checked run and its time.
 #pragma once
 
 #include <algorithm>

@@ -1,0 +1,318 @@
+"""What is timed: the inputs of each workload, how we compute it, and what it costs at the least."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import genie_tk_jax
+from genie_tk_jax.bench import plain
+from genie_tk_jax.ops import gated_output, gated_projection, triangle_attention
+
+PASSES = ("fwd", "fwd+bwd")
+EPSILON = 1e-5
+
+
+class Sizes(NamedTuple):
+    """n residues, channels of z (and of all heads, and of a, b and t), attention heads."""
+
+    n: int
+    channels: int
+    heads: int
+
+    @property
+    def width(self) -> int:
+        """Channels of one head."""
+        return self.channels // self.heads
+
+
+class Problem(NamedTuple):
+    """What every contestant gets: floating inputs, all differentiated, and bool [N, N]."""
+
+    inputs: dict[str, Any]
+    mask: jax.Array
+
+
+class Cost(NamedTuple):
+    """Counts for sizes n, c (channels) and h (heads).
+
+    flops: of the matrix products alone, two for a multiplication with its addition.
+    backward_flops: as a multiple of `flops`: 2 for a linear map; 2.5 for the attention core, whose
+      logits do not fit in memory and are computed again.
+    elements, backward_elements: numbers that have to move between the chip and its memory. Each
+      stage reads its operands and writes its results once; a layer is the sum of its stages.
+      Masks, weights and statistics, a few per cent at most, are left out.
+    """
+
+    flops: Callable[[int, int, int], float]
+    backward_flops: float
+    elements: Callable[[int, int, int], float]
+    backward_elements: Callable[[int, int, int], float]
+
+
+STAGE_COSTS = {
+    "gated_projection": Cost(
+        lambda n, c, h: 8 * n**2 * c**2,
+        2,
+        lambda n, c, h: 3 * n**2 * c,  # z; a, b
+        lambda n, c, h: 5 * n**2 * c,  # z, da, db, dz of the output stage; dz
+    ),
+    "contract": Cost(
+        lambda n, c, h: 2 * n**3 * c,
+        2,
+        lambda n, c, h: 3 * n**2 * c,  # a, b; t
+        lambda n, c, h: 5 * n**2 * c,  # a, b, dt; da, db
+    ),
+    "gated_output": Cost(
+        lambda n, c, h: 4 * n**2 * c**2,
+        2,
+        lambda n, c, h: 3 * n**2 * c,  # z, t; the update
+        lambda n, c, h: 5 * n**2 * c,  # z, t, d_out; dz, dt
+    ),
+    "attention_project": Cost(
+        lambda n, c, h: 2 * n**2 * c * (3 * c + h),
+        2,
+        lambda n, c, h: n**2 * (4 * c + h),  # z; q, k, v, bias
+        lambda n, c, h: n**2 * (6 * c + h),  # z, dq, dk, dv, dz of the output stage, dbias; dz
+    ),
+    "attention_core": Cost(
+        lambda n, c, h: 4 * n**3 * c,
+        2.5,
+        lambda n, c, h: n**2 * (4 * c + h),  # q, k, v, bias; o
+        lambda n, c, h: n**2 * (8 * c + 2 * h),  # q, k, v, bias, o, do; dq, dk, dv, dbias
+    ),
+    "attention_output": Cost(
+        lambda n, c, h: 4 * n**2 * c**2,
+        2,
+        lambda n, c, h: 3 * n**2 * c,  # o, z; the update
+        lambda n, c, h: 5 * n**2 * c,  # o, z, d_out; do, dz
+    ),
+}
+LAYER_STAGES = {
+    "multiplication": ("gated_projection", "contract", "gated_output"),
+    "attention": ("attention_project", "attention_core", "attention_output"),
+}
+
+
+class Workload(NamedTuple):
+    """One line of the benchmark.
+
+    kind: a layer or stage, of which `setting` says the direction or node.
+    draw(key, sizes, dtype) gives the inputs.
+    ours(inputs, mask, implementation) is this library.
+    plain(inputs, mask) is what a user without the library would write, or None where that is
+      the same as `ours` with implementation='xla'.
+    """
+
+    kind: str
+    setting: str
+    draw: Callable[[jax.Array, Sizes, Any], dict[str, Any]]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any] | None
+    passes: tuple[str, ...] = PASSES
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}_{self.setting}" if self.setting else self.kind
+
+    def counted(self, sizes: Sizes, which: str, itemsize: int) -> tuple[float, float]:
+        """FLOPs and bytes of one call of pass `which`."""
+        flops = moved = 0.0
+        for stage in LAYER_STAGES.get(self.kind, (self.kind,)):
+            cost, at = STAGE_COSTS[stage], (sizes.n, sizes.channels, sizes.heads)
+            backward = which == "fwd+bwd"
+            flops += cost.flops(*at) * (1 + cost.backward_flops * backward)
+            moved += cost.elements(*at) + cost.backward_elements(*at) * backward
+        return flops, moved * itemsize
+
+
+def pose(workload: Workload, sizes: Sizes, dtype: str, masked: float, seed: int = 0) -> Problem:
+    """Random inputs and a random mask of which a share `masked` is zero, never on the diagonal."""
+    inputs_key, mask_key = jax.random.split(jax.random.key(seed))
+    valid = jax.random.uniform(mask_key, (sizes.n, sizes.n)) >= masked
+    mask = valid | jnp.eye(sizes.n, dtype=bool)
+    return Problem(workload.draw(inputs_key, sizes, jnp.dtype(dtype)), mask)
+
+
+def _normal(key, shape, dtype):
+    return jax.random.normal(key, shape).astype(dtype)
+
+
+def _pair(key, sizes, dtype):
+    """z of size one, with a mean of its own in every pair."""
+    values, mean = jax.random.split(key)
+    shape = (sizes.n, sizes.n, sizes.channels)
+    z = jax.random.normal(values, shape) + jax.random.normal(mean, (*shape[:2], 1)) / 2
+    return z.astype(dtype)
+
+
+def _params(key, sizes, dtype, groups, *, attention):
+    if attention:
+        init, widths = genie_tk_jax.init_triangle_attention, (sizes.width, sizes.heads)
+    else:
+        init, widths = genie_tk_jax.init_triangle_multiplication, (sizes.channels,)
+    params = init(key, sizes.channels, *widths, use_bias=False, init="random")
+    return {
+        group: leaves if group.startswith("norm") else jax.tree.map(partial(_cast, dtype), leaves)
+        for group, leaves in params.items()
+        if groups is None or group in groups
+    }
+
+
+def _cast(dtype, x):
+    return x.astype(dtype)
+
+
+def _draw_pair(key, sizes, dtype, *, attention, groups=None):
+    first, second = jax.random.split(key)
+    params = _params(second, sizes, dtype, groups, attention=attention)
+    return {"z": _pair(first, sizes, dtype), "params": params}
+
+
+def _draw_contract(key, sizes, dtype):
+    shape = (sizes.channels, sizes.n, sizes.n)
+    keys = jax.random.split(key)
+    return {name: _normal(k, shape, dtype) for name, k in zip("ab", keys, strict=True)}
+
+
+def _draw_gated_output(key, sizes, dtype):
+    first, second = jax.random.split(key)
+    shape = (sizes.channels, sizes.n, sizes.n)
+    # As `contract` returns it.
+    t = _normal(first, shape, jnp.float32 if dtype == jnp.float16 else dtype)
+    pair = _draw_pair(second, sizes, dtype, attention=False, groups=gated_output.GROUPS)
+    return {"t": t, **pair}
+
+
+def _draw_core(key, sizes, dtype):
+    keys = jax.random.split(key, 4)
+    shape = (sizes.n, sizes.n, sizes.heads, sizes.width)
+    qkv = {name: _normal(k, shape, dtype) for name, k in zip("qkv", keys[:3], strict=True)}
+    return {**qkv, "bias": _normal(keys[3], (sizes.heads, sizes.n, sizes.n), dtype)}
+
+
+def _draw_attention_output(key, sizes, dtype):
+    first, second = jax.random.split(key)
+    groups = triangle_attention.OUTPUT_GROUPS
+    pair = _draw_pair(second, sizes, dtype, attention=True, groups=groups)
+    o = _normal(first, (sizes.n, sizes.n, sizes.heads, sizes.width), dtype)
+    return {"o": o, **pair}
+
+
+def _gated_projection(inputs, mask, implementation):
+    return genie_tk_jax.gated_projection(
+        inputs["z"], mask, inputs["params"], implementation=implementation
+    )
+
+
+def _contract(inputs, mask, implementation, *, direction):
+    del mask
+    return genie_tk_jax.contract(inputs["a"], inputs["b"], direction, implementation=implementation)
+
+
+def _gated_output(inputs, mask, implementation):
+    t, z, params = inputs["t"], inputs["z"], inputs["params"]
+    return genie_tk_jax.gated_output(t, z, params, mask=mask, implementation=implementation)
+
+
+def _multiplication(inputs, mask, implementation, *, direction):
+    return genie_tk_jax.triangle_multiplication(
+        inputs["z"], mask, inputs["params"], direction=direction, implementation=implementation
+    )
+
+
+def _attention(inputs, mask, implementation, *, node):
+    return genie_tk_jax.triangle_attention(
+        inputs["z"], mask, inputs["params"], node=node, implementation=implementation
+    )
+
+
+def _core(inputs, mask, implementation):
+    return genie_tk_jax.pair_attention(**inputs, mask=mask, implementation=implementation)
+
+
+def _attention_project(inputs, mask, implementation):
+    stages = triangle_attention.STAGES["starting", "swapped"]
+    results = stages.project(
+        (inputs["z"][None], mask[None]),
+        inputs["params"],
+        node="starting",
+        ending_bias="swapped",
+        epsilon=EPSILON,
+        implementation=implementation,
+    )
+    return tuple(x[0] for x in results)
+
+
+def _attention_output(inputs, mask, implementation):
+    stages = triangle_attention.STAGES["starting", "swapped"]
+    out = stages.output(
+        (inputs["o"][None], inputs["z"][None], mask[None]),
+        inputs["params"],
+        node="starting",
+        residual=False,
+        epsilon=EPSILON,
+        implementation=implementation,
+    )
+    return out[0]
+
+
+def _plain_multiplication(inputs, mask, *, direction):
+    return plain.multiplication(inputs["z"], mask, inputs["params"], direction)
+
+
+def _plain_attention(inputs, mask, *, node):
+    return plain.attention(inputs["z"], mask, inputs["params"], node)
+
+
+def _every() -> list[Workload]:
+    layer_pair, attention_pair = (partial(_draw_pair, attention=a) for a in (False, True))
+    first = partial(layer_pair, groups=gated_projection.GROUPS)
+    project = partial(attention_pair, groups=triangle_attention.PROJECT_GROUPS)
+    ways, nodes = ("outgoing", "incoming"), ("starting", "ending")
+    layers = [
+        Workload(
+            "multiplication",
+            way,
+            layer_pair,
+            partial(_multiplication, direction=way),
+            partial(_plain_multiplication, direction=way),
+        )
+        for way in ways
+    ]
+    layers += [
+        Workload(
+            "attention",
+            node,
+            attention_pair,
+            partial(_attention, node=node),
+            partial(_plain_attention, node=node),
+        )
+        for node in nodes
+    ]
+    contractions = [
+        Workload("contract", way, _draw_contract, partial(_contract, direction=way), None)
+        for way in ways
+    ]
+    return [
+        *layers,
+        Workload("attention_core", "", _draw_core, _core, lambda x, m: plain.core(**x, mask=m)),
+        Workload("gated_projection", "", first, _gated_projection, None),
+        *contractions,
+        Workload("gated_output", "", _draw_gated_output, _gated_output, None),
+        # Private stages, which have no derivative of their own.
+        Workload("attention_project", "", project, _attention_project, plain.project, ("fwd",)),
+        Workload(
+            "attention_output",
+            "",
+            _draw_attention_output,
+            _attention_output,
+            plain.output,
+            ("fwd",),
+        ),
+    ]
+
+
+WORKLOADS = {workload.name: workload for workload in _every()}
