@@ -34,6 +34,7 @@ else
   MODULE += $(LIBRARY)
   export GENIE_EXPECT_KERNELS := 1
 endif
+CMAKE := PATH="$(CURDIR)/.venv/bin:$$PATH" cmake
 INSTALL := pip install -q --no-build-isolation -C cmake.define.$(DEFINE)
 
 # What pyproject.toml builds with: the tools, and jax at the floor, whose headers we compile with.
@@ -67,7 +68,7 @@ kernels: $(LIBRARY)
 
 # All that tests/gpu/remote.sh takes to a machine with a GPU, beside the sources.
 carry: $(LIBRARY)
-	.venv/bin/cmake --build build/kernels --target harness
+	$(CMAKE) --build build/kernels --target harness
 	rm -rf build/carry && mkdir -p build/carry
 	cp -r $(LIBRARY) build/kernels/harness build/carry
 
@@ -90,7 +91,7 @@ clean:
 
 # Not editable: here the tests run on what a wheel holds.
 .venv-floor/.test: .venv-floor/.python $(MODULE) $(shell find genie_tk_jax -type f -not -name '*.pyc')
-	.venv-floor/bin/$(INSTALL) '.[demo]' $(FLOOR) pytest pytest-xdist
+	.venv-floor/bin/$(INSTALL) '.[demo,convert]' $(FLOOR) pytest pytest-xdist
 	touch $@
 
 build/.mode-$(MODE):
@@ -99,10 +100,9 @@ build/.mode-$(MODE):
 
 $(LIBRARY): CMakeLists.txt $(shell find csrc -type f) build/xla/.done \
             $(if $(filter pypi,$(MODE)),$(NVCC)) | .venv/.python
-	PATH="$(CURDIR)/.venv/bin:$$PATH" && \
-	cmake -S . -B $(@D) -G Ninja -DGENIE_CUDA=ON -DCMAKE_CUDA_COMPILER='$(NVCC)' \
-	  -DXLA_FFI_INCLUDE_DIR=$(CURDIR)/build/xla -DGENIE_PYTHON=OFF $(CMAKE_ARGS) && \
-	cmake --build $(@D)
+	$(CMAKE) -S . -B $(@D) -G Ninja -DGENIE_CUDA=ON -DCMAKE_CUDA_COMPILER='$(NVCC)' \
+	  -DXLA_FFI_INCLUDE_DIR=$(CURDIR)/build/xla -DGENIE_PYTHON=OFF $(CMAKE_ARGS)
+	$(CMAKE) --build $(@D)
 	touch -c $@
 
 build/xla/.done: pyproject.toml | .venv/.python

@@ -1,11 +1,12 @@
-"""The `genie-tk-jax` command: `demo` and `info`."""
+"""The `genie-tk-jax` command: `demo`, `bench`, `convert` and `info`."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from genie_tk_jax import __version__
+from genie_tk_jax import __version__, convert
+from genie_tk_jax.bench import command
 from genie_tk_jax.demo.environment import environment
 from genie_tk_jax.demo.measure import TOLERANCES
 
@@ -18,7 +19,8 @@ DEMO_EXTRA = ("gemmi", "matplotlib")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 for success, 1 when the demo's check fails, 2 for a user's error."""
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     return options.command(options)
 
 
@@ -33,6 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="run a pair stack on a protein and check every layer")
     demo.set_defaults(command=_demo)
     _add_demo_arguments(demo)
+    bench = commands.add_parser("bench", help="time every stage and layer against other libraries")
+    command.add_arguments(bench)
+    conversion = commands.add_parser(
+        "convert", help="list the triangle layers of a checkpoint, or turn them into another layout"
+    )
+    conversion.set_defaults(command=_convert)
+    _add_convert_arguments(conversion)
     return parser
 
 
@@ -74,6 +83,32 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where the plots and demo.json go (default: genie-demo)",
     )
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help=f"one of {', '.join(convert.READABLE)}"
+    )
+    parser.add_argument(
+        "destination",
+        type=Path,
+        nargs="?",
+        metavar="DST",
+        help=f"one of {', '.join(convert.WRITABLE)}",
+    )
+    parser.add_argument(
+        "--from",
+        dest="host",
+        choices=tuple(convert.HOSTS),
+        help="the layout of SRC (default: told by its names)",
+    )
+    parser.add_argument(
+        "--to",
+        choices=tuple(convert.HOSTS),
+        default="canonical",
+        help="the layout of DST (default: canonical, which holds the triangle layers only)",
+    )
+    parser.add_argument("--list", action="store_true", help="list what SRC holds and write nothing")
 
 
 def _whole_number(least: int) -> Callable[[str], int]:
@@ -122,6 +157,29 @@ def _demo(options: argparse.Namespace) -> int:
     except proteins.InputError as error:
         return _user_error(str(error))
     return 0 if passed else 1
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if not options.list and options.destination is None:
+        return _user_error("convert needs DST, the file to write, or --list")
+    try:
+        entries = convert.read(options.source)
+        host = options.host or convert.detect(entries)
+        print(f"{options.source}: {host}\n{convert.listing(convert.load(entries, host))}")
+        bias = convert.arguments(host, convert.LAYERS[-1])["ending_bias"]
+        if bias != "swapped":
+            print(f"the ending node of {host} is triangle_attention(ending_bias={bias!r})")
+        if options.list:
+            return 0
+        result = convert.translate(entries, host, options.to)
+        arrays = {key: value for key, value in result.items() if convert.is_array(value)}
+        convert.write(options.destination, arrays)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        return _user_error(str(error))
+    if left_out := len(result) - len(arrays):
+        print(f"left out {left_out} entries that are not arrays")
+    print(f"wrote {len(arrays)} entries to {options.destination}: {options.to}")
+    return 0
 
 
 def _user_error(message: str) -> int:

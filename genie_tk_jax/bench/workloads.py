@@ -1,4 +1,4 @@
-"""What is timed: the inputs of each workload, how we compute it, and what it costs at the least."""
+"""What is timed: the inputs of each workload, and how we and a user without us compute it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,23 +9,10 @@ import jax.numpy as jnp
 
 import genie_tk_jax
 from genie_tk_jax.bench import plain
+from genie_tk_jax.bench.costs import PASSES, Sizes
 from genie_tk_jax.ops import gated_output, gated_projection, triangle_attention
 
-PASSES = ("fwd", "fwd+bwd")
 EPSILON = 1e-5
-
-
-class Sizes(NamedTuple):
-    """n residues, channels of z (and of all heads, and of a, b and t), attention heads."""
-
-    n: int
-    channels: int
-    heads: int
-
-    @property
-    def width(self) -> int:
-        """Channels of one head."""
-        return self.channels // self.heads
 
 
 class Problem(NamedTuple):
@@ -33,67 +20,6 @@ class Problem(NamedTuple):
 
     inputs: dict[str, Any]
     mask: jax.Array
-
-
-class Cost(NamedTuple):
-    """Counts for sizes n, c (channels) and h (heads).
-
-    flops: of the matrix products alone, two for a multiplication with its addition.
-    backward_flops: as a multiple of `flops`: 2 for a linear map; 2.5 for the attention core, whose
-      logits do not fit in memory and are computed again.
-    elements, backward_elements: numbers that have to move between the chip and its memory. Each
-      stage reads its operands and writes its results once; a layer is the sum of its stages.
-      Masks, weights and statistics, a few per cent at most, are left out.
-    """
-
-    flops: Callable[[int, int, int], float]
-    backward_flops: float
-    elements: Callable[[int, int, int], float]
-    backward_elements: Callable[[int, int, int], float]
-
-
-STAGE_COSTS = {
-    "gated_projection": Cost(
-        lambda n, c, h: 8 * n**2 * c**2,
-        2,
-        lambda n, c, h: 3 * n**2 * c,  # z; a, b
-        lambda n, c, h: 5 * n**2 * c,  # z, da, db, dz of the output stage; dz
-    ),
-    "contract": Cost(
-        lambda n, c, h: 2 * n**3 * c,
-        2,
-        lambda n, c, h: 3 * n**2 * c,  # a, b; t
-        lambda n, c, h: 5 * n**2 * c,  # a, b, dt; da, db
-    ),
-    "gated_output": Cost(
-        lambda n, c, h: 4 * n**2 * c**2,
-        2,
-        lambda n, c, h: 3 * n**2 * c,  # z, t; the update
-        lambda n, c, h: 5 * n**2 * c,  # z, t, d_out; dz, dt
-    ),
-    "attention_project": Cost(
-        lambda n, c, h: 2 * n**2 * c * (3 * c + h),
-        2,
-        lambda n, c, h: n**2 * (4 * c + h),  # z; q, k, v, bias
-        lambda n, c, h: n**2 * (6 * c + h),  # z, dq, dk, dv, dz of the output stage, dbias; dz
-    ),
-    "attention_core": Cost(
-        lambda n, c, h: 4 * n**3 * c,
-        2.5,
-        lambda n, c, h: n**2 * (4 * c + h),  # q, k, v, bias; o
-        lambda n, c, h: n**2 * (8 * c + 2 * h),  # q, k, v, bias, o, do; dq, dk, dv, dbias
-    ),
-    "attention_output": Cost(
-        lambda n, c, h: 4 * n**2 * c**2,
-        2,
-        lambda n, c, h: 3 * n**2 * c,  # o, z; the update
-        lambda n, c, h: 5 * n**2 * c,  # o, z, d_out; do, dz
-    ),
-}
-LAYER_STAGES = {
-    "multiplication": ("gated_projection", "contract", "gated_output"),
-    "attention": ("attention_project", "attention_core", "attention_output"),
-}
 
 
 class Workload(NamedTuple):
@@ -117,23 +43,14 @@ class Workload(NamedTuple):
     def name(self) -> str:
         return f"{self.kind}_{self.setting}" if self.setting else self.kind
 
-    def counted(self, sizes: Sizes, which: str, itemsize: int) -> tuple[float, float]:
-        """FLOPs and bytes of one call of pass `which`."""
-        flops = moved = 0.0
-        for stage in LAYER_STAGES.get(self.kind, (self.kind,)):
-            cost, at = STAGE_COSTS[stage], (sizes.n, sizes.channels, sizes.heads)
-            backward = which == "fwd+bwd"
-            flops += cost.flops(*at) * (1 + cost.backward_flops * backward)
-            moved += cost.elements(*at) + cost.backward_elements(*at) * backward
-        return flops, moved * itemsize
-
 
 def pose(workload: Workload, sizes: Sizes, dtype: str, masked: float, seed: int = 0) -> Problem:
     """Random inputs and a random mask of which a share `masked` is zero, never on the diagonal."""
     inputs_key, mask_key = jax.random.split(jax.random.key(seed))
     valid = jax.random.uniform(mask_key, (sizes.n, sizes.n)) >= masked
     mask = valid | jnp.eye(sizes.n, dtype=bool)
-    return Problem(workload.draw(inputs_key, sizes, jnp.dtype(dtype)), mask)
+    draw = jax.jit(workload.draw, static_argnums=(1, 2))
+    return Problem(draw(inputs_key, sizes, jnp.dtype(dtype)), mask)
 
 
 def _normal(key, shape, dtype):
@@ -234,6 +151,8 @@ def _core(inputs, mask, implementation):
 
 
 def _attention_project(inputs, mask, implementation):
+    if implementation == "xla":
+        return plain.project(inputs["z"], inputs["params"])
     stages = triangle_attention.STAGES["starting", "swapped"]
     results = stages.project(
         (inputs["z"][None], mask[None]),
@@ -247,6 +166,8 @@ def _attention_project(inputs, mask, implementation):
 
 
 def _attention_output(inputs, mask, implementation):
+    if implementation == "xla":
+        return plain.output(inputs["o"], inputs["z"], inputs["params"])
     stages = triangle_attention.STAGES["starting", "swapped"]
     out = stages.output(
         (inputs["o"][None], inputs["z"][None], mask[None]),
@@ -265,6 +186,10 @@ def _plain_multiplication(inputs, mask, *, direction):
 
 def _plain_attention(inputs, mask, *, node):
     return plain.attention(inputs["z"], mask, inputs["params"], node)
+
+
+def _plain_core(inputs, mask):
+    return plain.core(**inputs, mask=mask)
 
 
 def _every() -> list[Workload]:
@@ -298,18 +223,18 @@ def _every() -> list[Workload]:
     ]
     return [
         *layers,
-        Workload("attention_core", "", _draw_core, _core, lambda x, m: plain.core(**x, mask=m)),
+        Workload("attention_core", "", _draw_core, _core, _plain_core),
         Workload("gated_projection", "", first, _gated_projection, None),
         *contractions,
         Workload("gated_output", "", _draw_gated_output, _gated_output, None),
         # Private stages, which have no derivative of their own.
-        Workload("attention_project", "", project, _attention_project, plain.project, ("fwd",)),
+        Workload("attention_project", "", project, _attention_project, None, ("fwd",)),
         Workload(
             "attention_output",
             "",
             _draw_attention_output,
             _attention_output,
-            plain.output,
+            None,
             ("fwd",),
         ),
     ]

@@ -124,7 +124,7 @@ class TriangleAttention(hk.Module):
         del is_training
         node = setting(NODES, "orientation", self.config.orientation)
         leaves = self._parameters(pair_act.shape[-1], pair_act.dtype)
-        params = convert.to_canonical(leaves, "alphafold2", f"triangle_attention_{node}")
+        params = convert.to_canonical(leaves, "alphafold2", f"triangle_attention_{node}_node")
 
         def call(residual):
             return triangle_attention(

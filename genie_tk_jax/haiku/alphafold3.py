@@ -85,7 +85,7 @@ class GridSelfAttention(hk.Module):
             # The host swaps the axes of the mask for both nodes, those of act for one: here the
             # ending node swaps both by itself, so only the starting node's has to be swapped.
             pair_mask if self.transpose else jnp.swapaxes(pair_mask, -1, -2),
-            convert.to_canonical(leaves, "alphafold3", f"triangle_attention_{node}"),
+            convert.to_canonical(leaves, "alphafold3", f"triangle_attention_{node}_node"),
             node=node,
             ending_bias="unswapped",
             implementation=self.implementation,

@@ -5,9 +5,11 @@ import math
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# The standard deviation of a standard normal truncated at two: what the hosts divide by.
-_TRUNCATED = 0.87962566103423978
+# The deviation of a standard normal truncated at two, in the precision of the hosts' division:
+# the initial values are theirs to the bit.
+_TRUNCATED = float(np.float32(0.87962566103423978))
 
 Leaves = dict[str, jax.Array]
 
@@ -17,7 +19,7 @@ ones = hk.initializers.Constant(1.0)
 
 def fan_in(channels: int) -> hk.initializers.Initializer:
     """Truncated normal of variance 1 / channels."""
-    return hk.initializers.TruncatedNormal(0.0, 1 / math.sqrt(channels) / _TRUNCATED)
+    return hk.initializers.TruncatedNormal(stddev=1 / math.sqrt(channels) / _TRUNCATED)
 
 
 def norm(name: str, channels: int, dtype) -> Leaves:

@@ -1,0 +1,1 @@
+"""Other libraries' functions under their own signatures: change the import line, nothing else."""
