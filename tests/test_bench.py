@@ -66,7 +66,7 @@ def test_every_workload_runs_and_the_report_is_whole(tmp_path, capsys, compiled_
     printed = capsys.readouterr().out
     assert "multiplication_outgoing" in printed
     for what in ("time", "speed-up", "roofline"):
-        assert (tmp_path / f"{what}-cpu-bfloat16-16-2.png").stat().st_size > 10_000
+        assert (tmp_path / f"{what}-cpu-bfloat16-16-2-0.1.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("workload", ["multiplication_incoming", "attention_ending"])

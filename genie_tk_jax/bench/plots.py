@@ -24,8 +24,10 @@ def draw(rows: Sequence[Row], out: Path) -> Iterator[Path]:
     timed = [row for row in rows if row["ms"] is not None]
     for group, some in grouped(timed, GROUP).items():
         about = dict(zip(GROUP, group, strict=True))
-        title = "{device}, {dtype}, {channels} channels, {heads} heads".format(**about)
-        name = "-".join(str(part) for part in group[:-1]).replace(" ", "_").replace("/", "_")
+        title = "{device}, {dtype}, {channels} channels, {heads} heads, {masked:.0%} masked".format(
+            **about
+        )
+        name = "-".join(str(part) for part in group).replace(" ", "_").replace("/", "_")
         for figure, what in ((_time, "time"), (_speed_up, "speed-up"), (_roofline, "roofline")):
             path = out / f"{what}-{name}.png"
             figure(some, title).savefig(path, dpi=130)
@@ -73,17 +75,15 @@ def _speed_up(rows: Sequence[Row], title: str) -> Figure:
     places = figure.subplots(len(passes), squeeze=False).ravel()
     for place, which in zip(places, passes, strict=True):
         some = [row for row in rows if row["pass"] == which]
-        ratios, names = _ratios(some), [n for n in ORDER if n != PLAIN]
-        present = [n for n in names if any(n in found for found in ratios.values())]
-        width = 0.84 / max(1, len(present))
-        for number, contestant in enumerate(present):
-            at = [i for i, found in enumerate(ratios.values()) if contestant in found]
-            heights = [found[contestant] for found in ratios.values() if contestant in found]
-            shift = (number - (len(present) - 1) / 2) * width
-            colour = _style(contestant)["color"]
-            bars = place.bar(np.array(at) + shift, heights, width, label=contestant, color=colour)
-            place.bar_label(bars, fmt="%.3g", fontsize=6, padding=1)
-        place.axhline(1, color=_style(PLAIN)["color"], lw=1, ls="--", label=PLAIN)
+        ratios = _ratios(some)
+        for at, found in enumerate(ratios.values()):
+            names = [name for name in ORDER if name in found and name != PLAIN]
+            width = 0.88 / max(3, len(names))
+            for number, name in enumerate(names):
+                left = at + (number - (len(names) - 1) / 2) * width
+                bar = place.bar(left, found[name], 0.94 * width, color=_style(name)["color"])
+                place.bar_label(bar, fmt="%.2g", fontsize=6, padding=1)
+        place.axhline(1, color=_style(PLAIN)["color"], lw=1, ls="--")
         labels = [f"{workload}\nN={n}".replace("_", "\n") for workload, n in ratios]
         place.set_xticks(range(len(ratios)), labels, fontsize=7)
         place.set(title=which, ylabel="times as fast")
@@ -144,6 +144,7 @@ def _ceiling(place: Any, ceiling: dict[str, float] | None) -> None:
     if ceiling is None:
         return
     left, right = place.get_xlim()
+    place.set_xlim(left, right)
     intensity = np.geomspace(left, right, 200)
     memory = intensity * ceiling["bytes_per_second"]
     place.plot(intensity, np.minimum(memory, ceiling["flops_per_second"]) / 1e12, "k-", lw=1)
@@ -156,4 +157,4 @@ def _legend(figure: Figure, rows: Sequence[Row]) -> None:
     for name in (name for name in ORDER if name in present):
         (line,) = figure.axes[0].plot([], [], label=name, **_style(name))
         lines.append(line)
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(9, len(lines)))
+    figure.legend(handles=lines, loc="outside lower center", ncols=5)

@@ -49,8 +49,7 @@ def pose(workload: Workload, sizes: Sizes, dtype: str, masked: float, seed: int 
     inputs_key, mask_key = jax.random.split(jax.random.key(seed))
     valid = jax.random.uniform(mask_key, (sizes.n, sizes.n)) >= masked
     mask = valid | jnp.eye(sizes.n, dtype=bool)
-    draw = jax.jit(workload.draw, static_argnums=(1, 2))
-    return Problem(draw(inputs_key, sizes, jnp.dtype(dtype)), mask)
+    return Problem(workload.draw(inputs_key, sizes, jnp.dtype(dtype)), mask)
 
 
 def _normal(key, shape, dtype):

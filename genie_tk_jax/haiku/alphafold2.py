@@ -158,11 +158,16 @@ class TriangleAttention(hk.Module):
         bias = hk.get_parameter("feat_2d_weights", (c_z, heads), dtype, normal)
         leaves = {"": {"feat_2d_weights": bias}}
         leaves["query_norm"] = scopes.norm("query_norm", c_z, dtype)
-        inner = {name: ((c_z, heads, width), glorot) for name in ("query_w", "key_w", "value_w")}
-        inner["gating_w"] = ((c_z, heads, width), scopes.zeros)
-        inner["gating_b"] = ((heads, width), scopes.ones)
-        inner["output_w"] = ((heads, width, c_z), final)
-        inner["output_b"] = ((c_z,), scopes.zeros)
+        projection = (c_z, heads, width)
+        inner: dict[str, tuple[tuple[int, ...], hk.initializers.Initializer]] = {
+            "query_w": (projection, glorot),
+            "key_w": (projection, glorot),
+            "value_w": (projection, glorot),
+            "gating_w": (projection, scopes.zeros),
+            "gating_b": ((heads, width), scopes.ones),
+            "output_w": ((heads, width, c_z), final),
+            "output_b": ((c_z,), scopes.zeros),
+        }
         with hk.name_scope("attention"):
             leaves["attention"] = {
                 name: hk.get_parameter(name, shape, dtype, init)
