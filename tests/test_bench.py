@@ -152,11 +152,25 @@ def test_what_cannot_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(timing, "_memory_left", lambda: 1000)
     with pytest.raises(MemoryError, match="GiB are left"):
         timing.compiled(lambda x: x @ x, (jnp.ones((64, 64)),))
+    (row,) = run._rows(options(passes=("fwd",)))
+    assert row["contestant"] == "genie" and row["status"] == "out of memory"
+    assert row["reason"].startswith("nothing to judge by in float32: needs ") and run.failed([row])
 
 
-def test_the_loop_runs_every_turn_and_returns_the_result():
+def test_what_is_faster_than_the_card_was_not_run(monkeypatch):
+    name = jax.devices()[0].device_kind
+    monkeypatch.setitem(costs.CEILINGS, name, costs.Ceiling(1e9, 1e9))
+    slow, fast = (
+        run._against_ceiling(judge.Verdict("ok", "", {"ms": ms}), 1e6, 5e5) for ms in (2.0, 0.5)
+    )
+    assert slow[0].status == "ok" and slow[1] == {"flops_share": 0.5, "bytes_share": 0.25}
+    assert fast[0].status == "wrong" and fast[0].fields["ms"] is None
+
+
+@pytest.mark.parametrize("n", [160, pytest.param(2048, marks=pytest.mark.gpu)])
+def test_the_loop_runs_every_turn_and_returns_the_result(n):
     """XLA must not hoist a call whose operands do not change: time grows with the turns."""
-    x = jnp.ones((160, 160))
+    x = jnp.ones((n, n))
 
     def step(x):
         return jnp.tanh(x @ x @ x)

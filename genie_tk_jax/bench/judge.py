@@ -99,7 +99,7 @@ def judge(
         found = timed(program, attempt.step, attempt.operands, repeats)
         return Verdict("ok", "", fields | found._asdict())
     except Exception as error:
-        return Verdict(*_failure(error), fields)
+        return Verdict(*failure(error), fields)
 
 
 def _errors(attempt: Trial, program: Any, truth: Truth) -> list[float]:
@@ -117,8 +117,8 @@ def _too_far(errors: list[float], yardstick: list[float] | None) -> str:
     return ""
 
 
-def _failure(error: Exception) -> tuple[str, str]:
-    """Status and reason of a contestant that raised."""
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and reason of a call that raised."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, ImportError):
         return "missing", text

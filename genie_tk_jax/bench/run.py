@@ -37,7 +37,7 @@ import jax.numpy as jnp
 
 from genie_tk_jax.bench.contestants import LIBRARY, PLAIN, REFERENCE, own
 from genie_tk_jax.bench.costs import CEILINGS, Sizes, counted
-from genie_tk_jax.bench.judge import Verdict, judge, truth_of
+from genie_tk_jax.bench.judge import Verdict, failure, judge, truth_of
 from genie_tk_jax.bench.machine import device, kernels, versions
 from genie_tk_jax.bench.peers import PEERS
 from genie_tk_jax.bench.workloads import WORKLOADS, Workload, pose
@@ -117,9 +117,16 @@ def _of_workload(options: Options, workload: Workload, sizes: Sizes, dtype: str)
     passes = [which for which in workload.passes if which in options.passes]
     if not passes:
         return
-    problem = pose(workload, sizes, dtype, options.masked)
-    # What the last pass needs holds what those before it do.
-    truth = truth_of(workload, problem, passes[-1], dtype)
+    try:
+        problem = pose(workload, sizes, dtype, options.masked)
+        # What the last pass needs holds what those before it do.
+        truth = truth_of(workload, problem, passes[-1], dtype)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        status, reason = failure(error)
+        verdict = Verdict(status, f"nothing to judge by in float32: {reason}", {})
+        for which in passes:
+            yield _row(options, workload, sizes, dtype, which, LIBRARY, verdict)
+        return
     for which in passes:
         yardstick = None
         for name, build in _contestants(options, workload, sizes, dtype):
