@@ -191,52 +191,49 @@ def _plain_core(inputs, mask):
     return plain.core(**inputs, mask=mask)
 
 
-def _every() -> list[Workload]:
-    layer_pair, attention_pair = (partial(_draw_pair, attention=a) for a in (False, True))
-    first = partial(layer_pair, groups=gated_projection.GROUPS)
-    project = partial(attention_pair, groups=triangle_attention.PROJECT_GROUPS)
-    ways, nodes = ("outgoing", "incoming"), ("starting", "ending")
-    layers = [
+def _layers() -> list[Workload]:
+    draw = partial(_draw_pair, attention=False)
+    multiplications = [
         Workload(
             "multiplication",
             way,
-            layer_pair,
+            draw,
             partial(_multiplication, direction=way),
             partial(_plain_multiplication, direction=way),
         )
-        for way in ways
+        for way in ("outgoing", "incoming")
     ]
-    layers += [
+    draw = partial(_draw_pair, attention=True)
+    attentions = [
         Workload(
             "attention",
             node,
-            attention_pair,
+            draw,
             partial(_attention, node=node),
             partial(_plain_attention, node=node),
         )
-        for node in nodes
+        for node in ("starting", "ending")
     ]
+    return [*multiplications, *attentions]
+
+
+def _stages() -> list[Workload]:
+    first = partial(_draw_pair, attention=False, groups=gated_projection.GROUPS)
+    project = partial(_draw_pair, attention=True, groups=triangle_attention.PROJECT_GROUPS)
     contractions = [
         Workload("contract", way, _draw_contract, partial(_contract, direction=way), None)
-        for way in ways
+        for way in ("outgoing", "incoming")
     ]
+    # The last two are private and have no derivative of their own.
+    forward, last = PASSES[:1], _draw_attention_output
     return [
-        *layers,
         Workload("attention_core", "", _draw_core, _core, _plain_core),
         Workload("gated_projection", "", first, _gated_projection, None),
         *contractions,
         Workload("gated_output", "", _draw_gated_output, _gated_output, None),
-        # Private stages, which have no derivative of their own.
-        Workload("attention_project", "", project, _attention_project, None, ("fwd",)),
-        Workload(
-            "attention_output",
-            "",
-            _draw_attention_output,
-            _attention_output,
-            None,
-            ("fwd",),
-        ),
+        Workload("attention_project", "", project, _attention_project, None, forward),
+        Workload("attention_output", "", last, _attention_output, None, forward),
     ]
 
 
-WORKLOADS = {workload.name: workload for workload in _every()}
+WORKLOADS = {workload.name: workload for workload in (*_layers(), *_stages())}
