@@ -52,9 +52,10 @@ inline auto tensor_map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// A row-major tensor [b, d, r, c] seen as [.., column group, tile row, column in group], so that a
-// box lands in shared memory as the tile is stored. Rows past the end load as zero and are not
-// stored; the last column group is whole only if c is a multiple of it.
+// A row-major tensor [b, d, r, c] with a box that lands in shared memory as the tile is stored. A
+// tile one swizzle group wide takes the columns as they are: what lies past the end of any
+// dimension loads as zero and is not stored. A wider tile sees [.., column group, tile row, column
+// in group], so its tensor has whole groups of columns. Every row starts at a multiple of 16 bytes.
 template <typename Tile, int axis>
 CUtensorMap encode(const void* pointer, uint64_t b, uint64_t d, uint64_t r, uint64_t c) {
   using T = typename Tile::T;
@@ -66,12 +67,14 @@ CUtensorMap encode(const void* pointer, uint64_t b, uint64_t d, uint64_t r, uint
                            : Tile::swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                        : CU_TENSOR_MAP_SWIZZLE_32B;
   constexpr uint64_t group = Tile::group_cols, element = sizeof(T);
+  constexpr bool wide = Tile::cols > group;
   const uint64_t sizes[3] = {b, d, r};
   const uint64_t strides[3] = {d * r * c * element, r * c * element, c * element};
   constexpr int inner = axis == dim::ROW ? dim::DEPTH : dim::ROW;
   constexpr int outer = axis == dim::BATCH ? dim::DEPTH : dim::BATCH;
-  const cuuint64_t global_dim[5] = {group, sizes[axis], (c + group - 1) / group, sizes[inner],
-                                    sizes[outer]};
+  if (wide && c % group != 0) throw std::runtime_error("a wide tile needs whole column groups");
+  const cuuint64_t global_dim[5] = {wide ? group : c, sizes[axis], wide ? c / group : 1,
+                                    sizes[inner], sizes[outer]};
   const cuuint64_t global_stride[4] = {strides[axis], Tile::swizzle_bytes, strides[inner],
                                        strides[outer]};
   const cuuint32_t box[5] = {group, Tile::rows, Tile::cols / group, 1, 1};

@@ -11,7 +11,7 @@ namespace detail {
 
 // Box origin in descriptor order; see kittens::detail::encode.
 struct origin {
-  int row, group, inner, outer;
+  int column, row, group, inner, outer;
 };
 
 template <int axis, typename Tile, typename Base>
@@ -20,8 +20,10 @@ __device__ inline origin locate(const coord<Base>& at) {
   const int index[3] = {at.b, at.d, at.r};
   constexpr int inner = axis == dim::ROW ? dim::DEPTH : dim::ROW;
   constexpr int outer = axis == dim::BATCH ? dim::DEPTH : dim::BATCH;
-  return {index[axis] * Tile::rows, at.c * (Tile::cols / Tile::group_cols), index[inner],
-          index[outer]};
+  constexpr int groups = Tile::cols / Tile::group_cols;
+  constexpr bool wide = groups > 1;
+  return {wide ? 0 : at.c * Tile::cols, index[axis] * Tile::rows, wide ? at.c * groups : 0,
+          index[inner], index[outer]};
 }
 
 template <cache_policy policy>
@@ -59,13 +61,14 @@ __device__ inline void load_async(Tile& to, const Global& from, const C& at, sem
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
-        "l"(map), "r"(barrier), "r"(0), "r"(box.row), "r"(box.group), "r"(box.inner), "r"(box.outer)
+        "l"(map), "r"(barrier), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner),
+        "r"(box.outer)
         : "memory");
   } else {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
-        "l"(map), "r"(barrier), "r"(0), "r"(box.row), "r"(box.group), "r"(box.inner),
+        "l"(map), "r"(barrier), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner),
         "r"(box.outer), "l"(detail::l2_policy<policy>())
         : "memory");
   }
@@ -86,7 +89,7 @@ __device__ inline void store_async(const Global& to, const Tile& from, const C& 
       " [%0, {%2, %3, %4, %5, %6}], [%1];\n"
       "cp.async.bulk.commit_group;" ::"l"(
           reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>())),
-      "r"(kittens::detail::shared_address(&from)), "r"(0), "r"(box.row), "r"(box.group),
+      "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
       "r"(box.inner), "r"(box.outer)
       : "memory");
 }

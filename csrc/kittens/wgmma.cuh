@@ -2,7 +2,7 @@
 // as each warp's 16 rows in registers, B from shared memory, float32 sums in registers.
 #pragma once
 
-#include "memory.cuh"
+#include "wgmma_steps.cuh"
 
 namespace kittens {
 namespace detail {
@@ -25,72 +25,47 @@ constexpr uint64_t step_offset(int j) {
          16;
 }
 
-#define KITTENS_D8(d, i)                                                                      \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-      "+f"(d[i + 6]), "+f"(d[i + 7])
-#define KITTENS_D32(d) KITTENS_D8(d, 0), KITTENS_D8(d, 8), KITTENS_D8(d, 16), KITTENS_D8(d, 24)
-#define KITTENS_D32_NAMES                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16," \
-  " %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-
-// One step of N = 64. `accumulate` false overwrites d.
-#define KITTENS_WGMMA_64(type)                                                                     \
-  template <bool b_column_major>                                                                   \
-  __device__ inline void step_64(float* d, type, uint64_t a, uint64_t b, bool accumulate) {        \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                               \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." KITTENS_NAME(                                \
-            type) " " KITTENS_D32_NAMES ", %32, %33, p, 1, 1, 0, %35;\n}"                          \
-        : KITTENS_D32(d)                                                                           \
-        : "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{b_column_major}));                         \
-  }                                                                                                \
-  template <bool b_column_major>                                                                   \
-  __device__ inline void step_64(float* d, type, const uint32_t* a, uint64_t b, bool accumulate) { \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                               \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." KITTENS_NAME(                                \
-            type) " " KITTENS_D32_NAMES ", {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"            \
-        : KITTENS_D32(d)                                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}),                \
-          "n"(int{b_column_major}));                                                               \
-  }
-#define KITTENS_NAME(type) KITTENS_NAME_##type
-#define KITTENS_NAME_bf16 "bf16.bf16"
-#define KITTENS_NAME_half "f16.f16"
-KITTENS_WGMMA_64(bf16)
-KITTENS_WGMMA_64(half)
-#undef KITTENS_NAME_half
-#undef KITTENS_NAME_bf16
-#undef KITTENS_NAME
-#undef KITTENS_WGMMA_64
-#undef KITTENS_D32_NAMES
-#undef KITTENS_D32
-#undef KITTENS_D8
-
 template <int N_WARPS>
 struct group_wgmma {};
 
 template <>
 struct group_wgmma<WARPGROUP_WARPS> {
-  // d (+)= A B with B stored [k, n], or A B^T with B stored [n, k]. A call is one commit group and
-  // needs mma_async_wait before d, a register A or the shared operands are touched again. `fence`
-  // orders earlier register accesses before the product; whoever wrote a shared operand has fenced
-  // the async proxy before the barrier that led here (genie::FenceAsyncProxy).
+  // d (+)= A B with B stored [k, n], A B^T with B stored [n, k], A^T B and A^T B^T with A stored
+  // [k, 64] in shared memory. A call is one commit group and needs mma_async_wait before d, a
+  // register A or the shared operands are touched again. `fence` orders earlier register accesses
+  // before the product; whoever wrote a shared operand has fenced the async proxy before the
+  // barrier that led here (genie::FenceAsyncProxy).
   template <typename D, typename A, typename B, int fence = 1, int accumulate = 1>
   static __device__ void mma_AB(D& d, const A& a, const B& b) {
-    multiply<true, fence, accumulate>(d, a, b);
+    multiply<false, true, fence, accumulate>(d, a, b);
   }
   template <typename D, typename A, typename B, int fence = 1>
   static __device__ void mm_AB(D& d, const A& a, const B& b) {
-    multiply<true, fence, 0>(d, a, b);
+    multiply<false, true, fence, 0>(d, a, b);
   }
   template <typename D, typename A, typename B, int fence = 1, int accumulate = 1>
   static __device__ void mma_ABt(D& d, const A& a, const B& b) {
-    multiply<false, fence, accumulate>(d, a, b);
+    multiply<false, false, fence, accumulate>(d, a, b);
   }
   template <typename D, typename A, typename B, int fence = 1>
   static __device__ void mm_ABt(D& d, const A& a, const B& b) {
-    multiply<false, fence, 0>(d, a, b);
+    multiply<false, false, fence, 0>(d, a, b);
+  }
+  template <typename D, typename A, typename B, int fence = 1, int accumulate = 1>
+  static __device__ void mma_AtB(D& d, const A& a, const B& b) {
+    multiply<true, true, fence, accumulate>(d, a, b);
+  }
+  template <typename D, typename A, typename B, int fence = 1>
+  static __device__ void mm_AtB(D& d, const A& a, const B& b) {
+    multiply<true, true, fence, 0>(d, a, b);
+  }
+  template <typename D, typename A, typename B, int fence = 1, int accumulate = 1>
+  static __device__ void mma_AtBt(D& d, const A& a, const B& b) {
+    multiply<true, false, fence, accumulate>(d, a, b);
+  }
+  template <typename D, typename A, typename B, int fence = 1>
+  static __device__ void mm_AtBt(D& d, const A& a, const B& b) {
+    multiply<true, false, fence, 0>(d, a, b);
   }
 
   // At most N groups are unfinished.
@@ -100,14 +75,16 @@ struct group_wgmma<WARPGROUP_WARPS> {
   }
 
  private:
-  template <bool b_column_major, int fence, int accumulate, typename D, typename A, typename B>
+  template <bool a_column_major, bool b_column_major, int fence, int accumulate, typename D,
+            typename A, typename B>
   static __device__ void multiply(D& d, const A& a, const B& b) {
     using T = typename B::T;
     constexpr int k = b_column_major ? B::rows : B::cols;
     constexpr int n = b_column_major ? B::cols : B::rows;
+    using step = wgmma_step<T, n>;
     static_assert(D::rows == TILE_DIM && D::row_layout && sizeof(typename D::T) == 4);
-    static_assert(D::cols == n && A::cols == k && std::is_same_v<typename A::T, T>);
-    static_assert(n == 64, "the only width used");
+    static_assert(D::cols == n && std::is_same_v<typename A::T, T>);
+    static_assert((a_column_major ? A::rows : A::cols) == k);
     float* sums = reinterpret_cast<float*>(&d.tiles[0][0].data[0]);
     if constexpr (fence) {
 #pragma unroll
@@ -119,13 +96,16 @@ struct group_wgmma<WARPGROUP_WARPS> {
     for (int j = 0; j < k / TILE_DIM; ++j) {
       const uint64_t b_step = b_start + step_offset<B, b_column_major>(j);
       if constexpr (register_tile<A>) {
-        static_assert(A::rows == TILE_DIM && A::row_layout);
-        step_64<b_column_major>(sums, T{}, reinterpret_cast<const uint32_t*>(a.tiles[0][j].data),
-                                b_step, accumulate || j > 0);
+        static_assert(A::rows == TILE_DIM && A::row_layout && !a_column_major);
+        step::template run<b_column_major>(sums,
+                                           reinterpret_cast<const uint32_t*>(a.tiles[0][j].data),
+                                           b_step, accumulate || j > 0);
       } else {
-        static_assert(A::rows == 64);
-        const uint64_t a_step = matrix_descriptor<A, false>(a) + step_offset<A, false>(j);
-        step_64<b_column_major>(sums, T{}, a_step, b_step, accumulate || j > 0);
+        static_assert((a_column_major ? A::cols : A::rows) == 64);
+        const uint64_t a_step =
+            matrix_descriptor<A, a_column_major>(a) + step_offset<A, a_column_major>(j);
+        step::template run<a_column_major, b_column_major>(sums, a_step, b_step,
+                                                           accumulate || j > 0);
       }
     }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
