@@ -10,31 +10,34 @@ from genie_tk_jax import _contract, _dispatch, _reference
 from genie_tk_jax._stage import stage
 
 
-def softmax_of_row(q, k, v, bias, mask):
+def softmax_of_row(q, k, v, bias, mask, *, folded):
     """q [B, Q, H, D], k, v [B, K, H, D], bias [B, H, Q, K], mask [B, K] -> o like q, lse [B, H, Q].
 
-    Bias and mask may be None. A row without a valid key gives zeros, with lse -inf.
+    Bias and mask may be None, and the bias padded. A row without a valid key gives zeros, with lse
+    -inf. `folded`: q carries log2(e) / sqrt(D) and the bias log2(e), so that logits count log 2.
     """
     dtype = _reference.statistics_dtype(q.dtype)
+    unit = 1 if folded else math.log2(math.e)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
-    logits = logits / math.sqrt(q.shape[-1])
+    if not folded:
+        logits = logits * (unit / math.sqrt(q.shape[-1]))
     if bias is not None:
-        logits = logits + bias.astype(dtype)
+        logits = logits + unit * bias[..., : k.shape[1]].astype(dtype)
     lowest = jnp.finfo(dtype).min
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, lowest)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=lowest))
-    weights = jnp.exp(logits - peak)
+    weights = jnp.exp2(logits - peak)
     if mask is not None:
         weights = jnp.where(mask[:, None, None, :], weights, 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     safe = jnp.where(total == 0, 1, total)
     o = jnp.einsum("bhqk,bkhd->bqhd", (weights / safe).astype(v.dtype), v)
-    lse = jnp.where(total == 0, -jnp.inf, peak + jnp.log(safe))
+    lse = jnp.where(total == 0, -jnp.inf, math.log(2) * (peak + jnp.log2(safe)))
     return o, lse[..., 0]
 
 
-def reference(arrays, weights, *, with_lse):
+def reference(arrays, weights, *, with_lse, folded=False):
     """q [B, I, Q, H, D], k, v [B, I, K, H, D], bias [B, H, Q, K], mask [B, I, K] -> o, lse.
 
     lse is float32 [B, I, H, Q], in nats; without `with_lse` the result is o alone.
@@ -44,7 +47,7 @@ def reference(arrays, weights, *, with_lse):
     bias = None if bias is None else bias.astype(_reference.statistics_dtype(bias.dtype))
     batch, _, queries, heads, _ = q.shape
     o, lse = _reference.over_rows(
-        lambda q, k, v, mask: softmax_of_row(q, k, v, bias, mask),
+        lambda q, k, v, mask: softmax_of_row(q, k, v, bias, mask, folded=folded),
         batch * heads * queries * k.shape[2],
         (q, k, v, mask),
     )
@@ -89,9 +92,11 @@ _backward = {
 }
 
 
-def forward(operands, *, with_lse, implementation):
+def forward(operands, *, with_lse, implementation, folded=False):
     """o, and lse when it is wanted, of operands (q, k, v, bias, mask)."""
-    return _forward[with_lse](operands, {}, implementation=implementation, with_lse=with_lse)
+    return _forward[with_lse](
+        operands, {}, implementation=implementation, with_lse=with_lse, folded=folded
+    )
 
 
 def backward(operands, o, lse, d_o, *, implementation):
