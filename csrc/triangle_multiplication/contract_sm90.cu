@@ -290,23 +290,19 @@ __global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ 
   }
 }
 
-// One block a mask block: whether any of its pairs is valid.
-__global__ void Summarise(const uint8_t* mask, uint8_t* live, int rows, int columns,
-                          int row_blocks, int column_blocks) {
-  constexpr int kVector = sizeof(uint64_t), kRowVectors = kBlock / kVector;
-  const int column = blockIdx.x % column_blocks * kBlock + threadIdx.x % kRowVectors * kVector;
-  const int64_t any_row = blockIdx.x / column_blocks;
-  const int64_t entry = any_row / row_blocks;
-  uint64_t found = 0;
-  for (int i = threadIdx.x / kRowVectors; i < kBlock; i += blockDim.x / kRowVectors) {
+// One thread block a mask block: whether any of its pairs is valid.
+__global__ void Summarise(const uint8_t* mask, uint8_t* live, int rows, int columns, int row_blocks,
+                          int column_blocks) {
+  const int64_t any_row = blockIdx.x / column_blocks, entry = any_row / row_blocks;
+  const int column = blockIdx.x % column_blocks * kBlock + threadIdx.x % kBlock;
+  int found = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x / kBlock; i < kBlock; i += blockDim.x / kBlock) {
     const int64_t row = any_row % row_blocks * kBlock + i;
-    if (row < rows && column < columns) {
-      found |= __ldg(reinterpret_cast<const uint64_t*>(mask + (entry * rows + row) * columns +
-                                                       column));
-    }
+    if (row < rows && column < columns) found |= __ldg(mask + (entry * rows + row) * columns + column);
   }
-  const int any = __syncthreads_or(found != 0);
-  if (threadIdx.x == 0) live[blockIdx.x] = any;
+  found = __syncthreads_or(found);
+  if (threadIdx.x == 0) live[blockIdx.x] = found != 0;
 }
 
 int Blocks(int64_t size, int block) { return static_cast<int>((size + block - 1) / block); }
@@ -429,11 +425,9 @@ cudaError_t Launch(const Contraction& c, cudaStream_t stream) {
 cudaError_t FindLive(const uint8_t* mask, uint8_t* live, int64_t batch, int64_t rows,
                      int64_t columns, cudaStream_t stream) {
   const int64_t blocks = LiveSize(batch, rows, columns);
-  if (columns % 8 != 0 || reinterpret_cast<uintptr_t>(mask) % 8 != 0 || blocks >= 1ll << 31) {
-    return cudaErrorInvalidValue;
-  }
+  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
   if (blocks == 0) return cudaSuccess;
-  Summarise<<<static_cast<unsigned>(blocks), 128, 0, stream>>>(
+  Summarise<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
       mask, live, rows, columns, Blocks(rows, kBlock), Blocks(columns, kBlock));
   return cudaGetLastError();
 }

@@ -36,7 +36,7 @@ struct Contraction {
 // Launch on `stream`. Rows as stored are a multiple of 16 bytes long, as pads make them, and
 // tensors start at one; for anything else, and other dtypes than bf16 and fp16, cudaErrorInvalidValue.
 cudaError_t Launch(const Contraction& contraction, cudaStream_t stream);
-// mask [batch, rows, columns], valid where not 0, columns a multiple of 8.
+// mask [batch, rows, columns], valid where not 0.
 cudaError_t FindLive(const uint8_t* mask, uint8_t* live, int64_t batch, int64_t rows,
                      int64_t columns, cudaStream_t stream);
 
@@ -45,7 +45,7 @@ struct Edges {
   bool incoming;
   const void *a, *b;
   int64_t i, j, k;
-  LiveBlocks a_live, b_live;
+  LiveBlocks a_live = nullptr, b_live = nullptr;
 };
 
 // t [I, J]: a b^T or a^T b.
