@@ -56,9 +56,77 @@ def pair_attention_fwd(**changes):
     return _ffi.call("genie_pair_attention_fwd", results, *operands.values(), **attributes)
 
 
+def _contraction(results, gradient, changes):
+    edge = np.zeros((2, 3, 8, 16), jnp.bfloat16)
+    mask = np.zeros((2, 5, 13), bool)
+    operands = {"a": edge, "b": edge, **gradient, "a_mask": mask, "b_mask": mask}
+    attributes = {"incoming": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    results = [jax.ShapeDtypeStruct((2, 3, *sizes), jnp.bfloat16) for sizes in results]
+    live = jax.ShapeDtypeStruct((4,), jnp.uint8)
+    return [*results, live], [*operands.values()], attributes
+
+
+def contract_fwd(**changes):
+    results, operands, attributes = _contraction([(8, 8)], {}, changes)
+    return _ffi.call("genie_contract_fwd", results, *operands, **attributes)
+
+
+def contract_bwd(**changes):
+    gradient = {"dt": np.zeros((2, 3, 8, 8), jnp.bfloat16)}
+    results, operands, attributes = _contraction([(8, 16), (8, 16)], gradient, changes)
+    return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
+
+
+def _attention_stage(target, results, operands, attributes, changes):
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in results]
+    return _ffi.call(target, results, *operands.values(), **attributes)
+
+
+def attention_project_fwd(**changes):
+    batch, n, padded, channels, heads, width = 2, 5, 8, 128, 4, 32
+    operands = {
+        "z": np.zeros((batch, n, n, channels), jnp.bfloat16),
+        "mask": np.zeros((batch, n, n), bool),
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        **{f"{name}_kernel": np.zeros((channels, heads, width), np.float32) for name in "qkv"},
+        "bias_kernel": np.zeros((channels, heads), np.float32),
+    }
+    attended, bias = (batch, n, n, heads, width), (batch, heads, n, padded)
+    attributes = {"ending": False, "bias_as_z": False, "epsilon": 1e-5}
+    results = [attended, attended, attended, bias]
+    return _attention_stage("genie_attention_project_fwd", results, operands, attributes, changes)
+
+
+def attention_output_fwd(**changes):
+    batch, n, channels, heads, width = 2, 5, 128, 4, 32
+    operands = {
+        "o": np.zeros((batch, n, n, heads, width), jnp.bfloat16),
+        "z": np.zeros((batch, n, n, channels), jnp.bfloat16),
+        "mask": np.zeros((batch, n, n), bool),
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        "gate_kernel": np.zeros((channels, heads, width), np.float32),
+        "out_kernel": np.zeros((heads, width, channels), np.float32),
+        "gate_bias": np.zeros((heads, width), np.float32),
+        "out_bias": np.zeros(channels, np.float32),
+    }
+    attributes = {"ending": False, "residual": False, "epsilon": 1e-5}
+    results = [(batch, n, n, channels)]
+    return _attention_stage("genie_attention_output_fwd", results, operands, attributes, changes)
+
+
 CALLS = {
     "genie_gated_projection_fwd": gated_projection_fwd,
     "genie_pair_attention_fwd": pair_attention_fwd,
+    "genie_contract_fwd": contract_fwd,
+    "genie_contract_bwd": contract_bwd,
+    "genie_attention_project_fwd": attention_project_fwd,
+    "genie_attention_output_fwd": attention_output_fwd,
 }
 
 
@@ -91,9 +159,21 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
     assert refused_operands(call) == [0]
 
 
-@pytest.mark.parametrize("absent", [("mask",), ("proj_bias", "gate_bias")], ids="-".join)
-def test_operands_may_be_absent(targets, absent):
-    assert refused_operands(gated_projection_fwd, **dict.fromkeys(absent)) == [0]
+@pytest.mark.parametrize(
+    ("call", "absent"),
+    [
+        (gated_projection_fwd, ("mask",)),
+        (gated_projection_fwd, ("proj_bias", "gate_bias")),
+        (contract_fwd, ("a_mask",)),
+        (contract_bwd, ("a_mask", "b_mask")),
+        (attention_project_fwd, ("mask",)),
+        (attention_output_fwd, ("mask",)),
+        (attention_output_fwd, ("gate_bias", "out_bias")),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "-".join(value),
+)
+def test_operands_may_be_absent(targets, call, absent):
+    assert refused_operands(call, **dict.fromkeys(absent)) == [0]
 
 
 @pytest.mark.parametrize("absent", ["bias", "mask"])

@@ -29,7 +29,8 @@ def _rows(arrays, weights, *, node, residual, epsilon):
     z, bias, mask = arrays
     # What chunks share is float32, in which the gradients of many chunks sum.
     weights = _reference.wide(weights)
-    bias = bias.astype(_reference.statistics_dtype(bias.dtype))
+    z, mask = oriented(z, node), oriented(mask, node)
+    bias = bias[..., : z.shape[2]].astype(_reference.statistics_dtype(bias.dtype)) * math.log(2)
 
     def row(z, mask):
         z, x = attention_stages.normed(z, mask, weights, epsilon)
@@ -37,8 +38,7 @@ def _rows(arrays, weights, *, node, residual, epsilon):
         o, _ = pair_attention.softmax_of_row(q, k, v, bias, mask, folded=True)
         return attention_stages.gated(o, z, x, weights, residual)
 
-    operands = oriented(z, node), oriented(mask, node)
-    return oriented(_reference.over_rows(row, math.prod(bias.shape), operands), node)
+    return oriented(_reference.over_rows(row, math.prod(bias.shape), (z, mask)), node)
 
 
 def reference(z, mask, weights, *, node, ending_bias, residual, epsilon):
