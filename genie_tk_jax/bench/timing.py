@@ -77,14 +77,17 @@ def timed(program: Any, step: Callable, operands: tuple, repeats: int) -> Timing
     if found.ms > 1e3 * HIDES_HOST:
         return found
     turns = math.ceil(1e3 * SAMPLE_SECONDS / found.ms)
-    loop = jax.jit(looped(step, turns)).lower(*operands).compile()
-    return min(found, _samples(lambda: loop(*operands), turns, repeats, "loop"))
+    loop, count = jax.jit(looped(step)).lower(TURNS, *operands).compile(), jnp.int32(turns)
+    return min(found, _samples(lambda: loop(count, *operands), turns, repeats, "loop"))
 
 
-def looped(step: Callable, turns: int) -> Callable:
-    """`turns` calls of `step`, one after the other; returns the results of the last one."""
+TURNS = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def run(*operands):
+
+def looped(step: Callable) -> Callable:
+    """`step` as often as the first operand says, one after the other; returns the last results."""
+
+    def run(turns, *operands):
         def turn(_, carry):
             count, _ = carry
             held, count = jax.lax.optimization_barrier((operands, count))
