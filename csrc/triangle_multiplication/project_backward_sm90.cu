@@ -181,13 +181,28 @@ cudaError_t LaunchFor(const GatedProjectionBackward& given, cudaStream_t stream)
   return cudaErrorInvalidValue;
 }
 
+// Without a pair all gradients of parameters are zero.
+cudaError_t ZeroGradients(const GatedProjectionBackward& given, cudaStream_t stream) {
+  const GatedProjection& p = given.forward;
+  const int64_t width = 2 * p.hidden;
+  cudaError_t status = cudaSuccess;
+  const auto zero = [&](float* gradient, int64_t size) {
+    if (status != cudaSuccess) return;
+    status = cudaMemsetAsync(gradient, 0, p.batch * size * sizeof(float), stream);
+  };
+  for (float* gradient : {given.d_scale, given.d_bias}) zero(gradient, p.channels);
+  for (float* gradient : {given.d_proj, given.d_gate}) zero(gradient, p.channels * width);
+  for (float* gradient : {given.d_proj_bias, given.d_gate_bias}) zero(gradient, width);
+  return status;
+}
+
 }  // namespace
 
 cudaError_t Launch(const GatedProjectionBackward& given, cudaStream_t stream) {
   const GatedProjection& p = given.forward;
   const bool widths = p.hidden == 64 || p.hidden == 128 || p.hidden == 256;
   const int64_t tiles = p.rows * ((p.columns + kPairs - 1) / kPairs);
-  const bool sizes = p.batch >= 0 && p.batch < 1 << 16 && p.rows >= 0 && p.columns >= 1 &&
+  const bool sizes = p.batch >= 0 && p.batch < 1 << 16 && p.rows >= 0 && p.columns >= 0 &&
                      tiles < int64_t{1} << 30 && p.batch * p.rows < int64_t{1} << 31 &&
                      given.parts >= 1 && given.parts < int64_t{1} << 20;
   const bool types = p.kernel_dtype == Float::kF32 || p.kernel_dtype == p.dtype;
@@ -195,6 +210,7 @@ cudaError_t Launch(const GatedProjectionBackward& given, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(p.proj_kernel) | reinterpret_cast<uintptr_t>(p.gate_kernel);
   if (!widths || !sizes || !types || kernels % sizeof(uint4) != 0) return cudaErrorInvalidValue;
   if (p.batch == 0) return cudaSuccess;
+  if (p.rows == 0 || p.columns == 0) return ZeroGradients(given, stream);
   if (p.dtype == Float::kBf16) return LaunchFor<bf16>(given, stream);
   if (p.dtype == Float::kF16) return LaunchFor<half>(given, stream);
   return cudaErrorInvalidValue;
