@@ -98,6 +98,20 @@ __device__ inline void store_async(const Global& to, const Tile& from, const C& 
   store_async<dim::ROW, NORMAL>(to, from, at);
 }
 
+// Adds the tile to what is there, rounding once more.
+template <typename Global, typename Tile, typename C = coord<Tile>>
+__device__ inline void store_add_async(const Global& to, const Tile& from, const C& at) {
+  const detail::origin box = detail::locate<dim::ROW, Tile>(at);
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group"
+      " [%0, {%2, %3, %4, %5, %6}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(
+          reinterpret_cast<uint64_t>(to.template get_tma<Tile, dim::ROW>())),
+      "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
+      "r"(box.inner), "r"(box.outer)
+      : "memory");
+}
+
 // At most N stores still read shared memory.
 template <int N = 0>
 __device__ inline void store_async_read_wait() {
