@@ -56,6 +56,36 @@ def pair_attention_fwd(**changes):
     return _ffi.call("genie_pair_attention_fwd", results, *operands.values(), **attributes)
 
 
+def gated_projection_bwd(**changes):
+    batch, rows, columns, padded, channels, width, parts = 2, 3, 5, 8, 128, 128, 4
+    pairs = np.zeros((batch, rows, columns, channels), jnp.bfloat16)
+    gradient = np.zeros((batch, width // 2, padded, padded), jnp.bfloat16)
+    operands = {
+        "z": pairs,
+        "mask": np.zeros((batch, rows, columns), bool),
+        "da": gradient,
+        "db": gradient,
+        "dz_in": pairs,
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        "proj_kernel": np.zeros((channels, width), np.float32),
+        "gate_kernel": np.zeros((channels, width), np.float32),
+        "proj_bias": np.zeros(width, np.float32),
+        "gate_bias": np.zeros(width, np.float32),
+    }
+    operands |= changes
+    shapes = [(channels,)] * 2 + [(channels, width)] * 2 + [(width,)] * 2
+    shapes += [(parts, 2, channels + 1, width)]
+    results = [jax.ShapeDtypeStruct((batch, *shape), np.float32) for shape in shapes]
+    return _ffi.call(
+        "genie_gated_projection_bwd",
+        [jax.ShapeDtypeStruct(pairs.shape, jnp.bfloat16), *results],
+        *operands.values(),
+        aliases=None if operands["dz_in"] is None else {4: 0},
+        epsilon=1e-5,
+    )
+
+
 def _contraction(results, gradient, changes):
     edge = np.zeros((2, 3, 8, 16), jnp.bfloat16)
     mask = np.zeros((2, 5, 13), bool)
@@ -123,6 +153,7 @@ def attention_output_fwd(**changes):
 CALLS = {
     "genie_gated_projection_fwd": gated_projection_fwd,
     "genie_pair_attention_fwd": pair_attention_fwd,
+    "genie_gated_projection_bwd": gated_projection_bwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
     "genie_attention_project_fwd": attention_project_fwd,
@@ -164,6 +195,7 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
     [
         (gated_projection_fwd, ("mask",)),
         (gated_projection_fwd, ("proj_bias", "gate_bias")),
+        (gated_projection_bwd, ("mask", "dz_in")),
         (contract_fwd, ("a_mask",)),
         (contract_bwd, ("a_mask", "b_mask")),
         (attention_project_fwd, ("mask",)),
