@@ -17,10 +17,10 @@ from genie_tk_jax import _ffi
 
 
 def gated_projection_fwd(**changes):
-    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 64, 128, 64
+    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 8, 128, 64
     operands = {
         "z": np.zeros((batch, rows, columns, channels), jnp.bfloat16),
-        "mask": np.zeros((batch, rows, columns), np.uint8),
+        "mask": np.zeros((batch, rows, columns), bool),
         "norm_scale": np.zeros(channels, np.float32),
         "norm_bias": np.zeros(channels, np.float32),
         "proj_kernel": np.zeros((channels, 2 * hidden), np.float32),
@@ -28,7 +28,7 @@ def gated_projection_fwd(**changes):
         "proj_bias": np.zeros(2 * hidden, np.float32),
         "gate_bias": np.zeros(2 * hidden, np.float32),
     }
-    result = jax.ShapeDtypeStruct((batch, hidden, rows, padded), jnp.bfloat16)
+    result = jax.ShapeDtypeStruct((batch, hidden, padded, padded), jnp.bfloat16)
     attributes = {"epsilon": 1e-5}
     for name, value in changes.items():
         (operands if name in operands else attributes)[name] = value
@@ -37,7 +37,34 @@ def gated_projection_fwd(**changes):
     )
 
 
-CALLS = {"genie_gated_projection_fwd": gated_projection_fwd}
+def _contraction(results, gradient, changes):
+    edge = np.zeros((2, 3, 8, 16), jnp.bfloat16)
+    mask = np.zeros((2, 5, 13), bool)
+    operands = {"a": edge, "b": edge, **gradient, "a_mask": mask, "b_mask": mask}
+    attributes = {"incoming": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    results = [jax.ShapeDtypeStruct((2, 3, *sizes), jnp.bfloat16) for sizes in results]
+    live = jax.ShapeDtypeStruct((4,), jnp.uint8)
+    return [*results, live], [*operands.values()], attributes
+
+
+def contract_fwd(**changes):
+    results, operands, attributes = _contraction([(8, 8)], {}, changes)
+    return _ffi.call("genie_contract_fwd", results, *operands, **attributes)
+
+
+def contract_bwd(**changes):
+    gradient = {"dt": np.zeros((2, 3, 8, 8), jnp.bfloat16)}
+    results, operands, attributes = _contraction([(8, 16), (8, 16)], gradient, changes)
+    return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
+
+
+CALLS = {
+    "genie_gated_projection_fwd": gated_projection_fwd,
+    "genie_contract_fwd": contract_fwd,
+    "genie_contract_bwd": contract_bwd,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +96,25 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
     assert refused_operands(call) == [0]
 
 
-@pytest.mark.parametrize("absent", [("mask",), ("proj_bias", "gate_bias")], ids="-".join)
-def test_operands_may_be_absent(targets, absent):
-    assert refused_operands(gated_projection_fwd, **dict.fromkeys(absent)) == [0]
+@pytest.mark.parametrize(
+    ("call", "absent"),
+    [
+        (gated_projection_fwd, ("mask",)),
+        (gated_projection_fwd, ("proj_bias", "gate_bias")),
+        (contract_fwd, ("a_mask",)),
+        (contract_bwd, ("a_mask", "b_mask")),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "-".join(value),
+)
+def test_operands_may_be_absent(targets, call, absent):
+    assert refused_operands(call, **dict.fromkeys(absent)) == [0]
 
 
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
         ({"mask": np.zeros((2, 3, 5), np.float32)}, 2),
-        ({"mask": np.zeros((2, 3), np.uint8)}, 2),
+        ({"mask": np.zeros((2, 3), bool)}, 2),
         ({"norm_bias": np.zeros(128, jnp.bfloat16)}, 4),
         ({"proj_bias": np.zeros(128, jnp.bfloat16)}, 7),
         ({"epsilon": 1}, 11),
@@ -110,7 +146,7 @@ def test_attributes_have_one_type_whatever_jax_is_set_to(enable_x64):
         ({"z": np.zeros((2, 3, 5, 128), np.float32)}, "z must be bfloat16 or float16"),
         ({"z": np.zeros((3, 5, 128), jnp.bfloat16)}, "z and a must have 4 dimensions"),
         (
-            {"mask": np.zeros((2, 5, 3), np.uint8)},
+            {"mask": np.zeros((2, 5, 3), bool)},
             r"mask must have shape \[2, 3, 5\]; got \[2, 5, 3\]",
         ),
         ({"norm_bias": np.zeros(64, np.float32)}, r"norm_bias must have shape \[128\]; got \[64\]"),
