@@ -60,10 +60,30 @@ def contract_bwd(**changes):
     return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
 
 
+def pair_attention_fwd(**changes):
+    batch, rows, queries, keys, padded, heads, channels = 2, 3, 4, 5, 8, 2, 32
+    operands = {
+        "q": np.zeros((batch, rows, queries, heads, channels), jnp.bfloat16),
+        "k": np.zeros((batch, rows, keys, heads, channels), jnp.bfloat16),
+        "v": np.zeros((batch, rows, keys, heads, channels), jnp.bfloat16),
+        "bias": np.zeros((batch, heads, queries, padded), jnp.bfloat16),
+        "mask": np.zeros((batch, rows, keys), np.bool_),
+    }
+    results = (
+        jax.ShapeDtypeStruct(operands["q"].shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, rows, heads, queries), jnp.float32),
+    )
+    attributes = {"folded": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return _ffi.call("genie_pair_attention_fwd", results, *operands.values(), **attributes)
+
+
 CALLS = {
     "genie_gated_projection_fwd": gated_projection_fwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
+    "genie_pair_attention_fwd": pair_attention_fwd,
 }
 
 
@@ -110,6 +130,11 @@ def test_operands_may_be_absent(targets, call, absent):
     assert refused_operands(call, **dict.fromkeys(absent)) == [0]
 
 
+@pytest.mark.parametrize("absent", ["bias", "mask"])
+def test_operands_of_attention_may_be_absent(targets, absent):
+    assert refused_operands(pair_attention_fwd, **{absent: None}) == [0]
+
+
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
@@ -123,6 +148,10 @@ def test_operands_may_be_absent(targets, call, absent):
 )
 def test_the_contract_test_can_fail(targets, changes, refused):
     assert refused_operands(gated_projection_fwd, **changes) == [0, refused]
+
+
+def test_an_attribute_of_attention_is_bool(targets):
+    assert refused_operands(pair_attention_fwd, folded=1.0) == [0, 8]
 
 
 @pytest.mark.parametrize("enable_x64", [False, True])
@@ -158,3 +187,19 @@ def test_a_handler_refuses_in_words_and_lives_on(targets, changes, message):
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(jax.jit(lambda: gated_projection_fwd(**changes))())
     jax.block_until_ready(jax.jit(gated_projection_fwd)())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": np.zeros((2, 3, 5), np.float32)}, "mask must be bool or uint8"),
+        ({"bias": np.zeros((2, 2, 4, 8), np.float32)}, "k, v, bias and o must have q's dtype"),
+        ({"bias": np.zeros((2, 2, 4, 5), jnp.bfloat16)}, r"bias must have shape \[2, 2, 4, 8\]"),
+    ],
+    ids=["mask", "bias-dtype", "bias-shape"],
+)
+def test_attention_refuses_in_words_and_lives_on(targets, changes, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(lambda: pair_attention_fwd(**changes))())
+    jax.block_until_ready(jax.jit(pair_attention_fwd)())
