@@ -79,11 +79,36 @@ def pair_attention_fwd(**changes):
     return _ffi.call("genie_pair_attention_fwd", results, *operands.values(), **attributes)
 
 
+def pair_attention_bwd(**changes):
+    batch, rows, queries, keys, padded, heads, channels = 2, 3, 4, 5, 8, 2, 32
+    query_side = np.zeros((batch, rows, queries, heads, channels), jnp.bfloat16)
+    key_side = np.zeros((batch, rows, keys, heads, channels), jnp.bfloat16)
+    bias = np.zeros((batch, heads, queries, padded), jnp.bfloat16)
+    operands = {
+        "q": query_side,
+        "k": key_side,
+        "v": key_side,
+        "bias": bias,
+        "mask": np.zeros((batch, rows, keys), bool),
+        "o": query_side,
+        "lse": np.zeros((batch, rows, heads, queries), np.float32),
+        "d_o": query_side,
+    }
+    results = [jax.ShapeDtypeStruct(operands[name].shape, jnp.bfloat16) for name in "qkv"]
+    sums = [bias.shape, (batch, rows, heads, 2, 64), (3, *bias.shape)]
+    results += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums]
+    attributes = {"folded": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return _ffi.call("genie_pair_attention_bwd", results, *operands.values(), **attributes)
+
+
 CALLS = {
     "genie_gated_projection_fwd": gated_projection_fwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
     "genie_pair_attention_fwd": pair_attention_fwd,
+    "genie_pair_attention_bwd": pair_attention_bwd,
 }
 
 
@@ -130,9 +155,10 @@ def test_operands_may_be_absent(targets, call, absent):
     assert refused_operands(call, **dict.fromkeys(absent)) == [0]
 
 
+@pytest.mark.parametrize("call", [pair_attention_fwd, pair_attention_bwd])
 @pytest.mark.parametrize("absent", ["bias", "mask"])
-def test_operands_of_attention_may_be_absent(targets, absent):
-    assert refused_operands(pair_attention_fwd, **{absent: None}) == [0]
+def test_operands_of_attention_may_be_absent(targets, call, absent):
+    assert refused_operands(call, **{absent: None}) == [0]
 
 
 @pytest.mark.parametrize(
