@@ -13,7 +13,8 @@ constexpr const char* kMasks[] = {"none", "random", "padded", "empty"};
 template <typename T>
 class Problem {
  public:
-  explicit Problem(const Case& c) : c_(c) {
+  // Timing does not need o and lse to be those of the other operands, which take long to find.
+  explicit Problem(const Case& c, bool exact = true) : c_(c) {
     const auto fill = [&](T** to, int64_t size, uint32_t seed, float amplitude) {
       Allocate(to, size * sizeof(T));
       Fill<<<4096, 256>>>(*to, size, seed, amplitude);
@@ -27,8 +28,13 @@ class Problem {
     Allocate(&lse_, c.row_size() * 4);
     Allocate(&mask_, c.batch * c.rows * c.keys);
     FillMask<<<4096, 256>>>(mask_, c.batch * c.rows, c.keys, c.mask);
-    Forward<<<4096, 128>>>(q_, k_, v_, bias_, mask_, o_, lse_, c, float(c.scale()),
-                           float(c.bias_scale()));
+    if (exact) {
+      Forward<<<4096, 128>>>(q_, k_, v_, bias_, mask_, o_, lse_, c, float(c.scale()),
+                             float(c.bias_scale()));
+    } else {
+      Fill<<<4096, 256>>>(o_, c.q_size(), 7, 0.3f);
+      Fill<<<4096, 256>>>(lse_, c.row_size(), 8, 0.f);
+    }
     bytes_[0] = c.q_size() * sizeof(T), bytes_[1] = bytes_[2] = c.k_size() * sizeof(T);
     bytes_[3] = c.bias != 0 ? c.bias_size() * 4 : 0;
     for (int i = 0; i < 4; ++i) Allocate(&out_[i], bytes_[i] + kGuard);
@@ -261,9 +267,9 @@ int Chunks(int64_t n, int heads) {
 void TimeOne(int64_t n) {
   Case c = {1, n, n, n, 4, 32};
   c.chunks = Chunks(n, 4);
-  const float ms = Problem<__nv_bfloat16>(c).Time();
+  const float ms = Problem<__nv_bfloat16>(c, false).Time();
   c.bias = 0;
-  const float without = Problem<__nv_bfloat16>(c).Time();
+  const float without = Problem<__nv_bfloat16>(c, false).Time();
   const double logits = 4. * n * n * n;
   std::printf("bf16 N=%-4ld H=4 D=32 chunks %-2d  %8.4f ms  (without bias %8.4f)  %6.1f TFLOP/s\n",
               n, c.chunks, ms, without, logits * 64 * 10 / ms * 1e-9);

@@ -117,15 +117,6 @@ __device__ inline void Weigh(rt_fl<16, kTile>& s, Bias<T>& bias, const T* hidden
   }
 }
 
-template <typename Tile>
-__device__ inline void Zero(Tile& tile) {
-#pragma unroll
-  for (int j = 0; j < Tile::width; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) tile.tiles[0][j].data[k] = {};
-  }
-}
-
 // Bias tiles that no copy will fill read as zero.
 template <typename Shared>
 __device__ inline void ZeroBias(Shared& shared) {

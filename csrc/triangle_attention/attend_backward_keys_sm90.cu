@@ -157,21 +157,13 @@ __device__ void Add(Row<D>& row, const Side<T, D>& k, const Side<T, D>& v, const
   warpgroup::mma_async_wait<0>();
 }
 
-// Writes the gradient of 64 keys, zero where a key is masked, whatever its sums hold.
+// Stages the gradient of 64 keys, zero where a key is masked, whatever its sums hold.
 template <typename T, int D>
-__device__ void Store(const rt_fl<16, D>& sums, float scale, const unsigned (&keep)[2],
+__device__ void Store(rt_fl<16, D>& sums, float scale, const unsigned (&keep)[2],
                       Side<T, D>& staged) {
   rt<T, 16, D> low;
-#pragma unroll
-  for (int j = 0; j < D / 16; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 x = sums.tiles[0][j].data[k];
-      low.tiles[0][j].data[k] =
-          base_types::convertor<typename rt<T, 16, D>::dtype, float2>::convert(
-              {scale * x.x, scale * x.y});
-    }
-  }
+  warp::mul(sums, sums, scale);
+  warp::copy(low, sums);
   KeepRows(low, keep);
   warpgroup::store(staged, low);
 }
@@ -189,8 +181,8 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items,
     Row<D> rows[kRows<D>];
 #pragma unroll
     for (int r = 0; r < kRows<D>; ++r) {
-      Zero(rows[r].dk);
-      Zero(rows[r].dv);
+      warp::zero(rows[r].dk);
+      warp::zero(rows[r].dv);
     }
 
     auto& own = shared.items[item_turn.stage];

@@ -170,7 +170,7 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g) {
   const int query = kTile * w + 16 * warpgroup::warpid() + laneid() / 4;  // in the block
   rt_fl<16, kTile> sums[kHalves];
 #pragma unroll
-  for (auto& tile : sums) Zero(tile);
+  for (auto& tile : sums) warp::zero(tile);
   Turn<S::kStages> turn;
   wait(shared.bias_arrived, 0);
   while (true) {

@@ -122,8 +122,8 @@ __device__ void Begin(Row<D>& row, const Side<T, D>& o, const Side<T, D>& d_o,
     row.negative_lse[i] = -kLog2E * lse[i];
     row.excess[i] = 0;
   }
-  Zero(row.dq);
-  Zero(row.weighed_k);
+  warp::zero(row.dq);
+  warp::zero(row.weighed_k);
 }
 
 // One tile of keys for one row.
