@@ -55,7 +55,8 @@ struct Shape {
     Keys k[kStages][kRows], v[kStages][kRows];
     sv_fl<kKeys> mask[kStages][kRows];  // 0 or kMasked, where the row's kind is kSome
     int kind[kStages][kRows];
-    alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
+    alignas(
+        8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
     semaphore arrived[kStages], finished[kStages], q_arrived[kRows], q_finished[kRows];
   };
   static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY);
