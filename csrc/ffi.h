@@ -28,6 +28,12 @@ auto* DataOrNull(const OptionalBuffer& buffer) {
   return buffer ? buffer->typed_data() : nullptr;
 }
 
+// A mask that may be absent as kernels read it: a byte an element, valid where not 0.
+template <size_t rank>
+const uint8_t* MaskOrNull(const Optional<DataType::PRED, rank>& mask) {
+  return reinterpret_cast<const uint8_t*>(DataOrNull(mask));
+}
+
 // The C entry point of `handler`. Its signature is its whole binding. Handlers only launch on
 // the stream they are given and allocate nothing, so XLA may record them into CUDA graphs.
 template <auto handler>

@@ -1,5 +1,6 @@
 """Kernel or reference: the one place that chooses, and explains."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+
+from genie_tk_jax import _ffi
 
 Implementation = Literal["cuda", "xla"]
 
@@ -22,6 +25,25 @@ class Choice(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op}: {self.implementation} ({self.reason}) on {self.operands}"
+
+
+@functools.cache
+def kernels_absent() -> str | None:
+    """Why no kernel at all can run here, or None: by what was built and which devices there are."""
+    if _ffi.WHY_ABSENT is not None:
+        return _ffi.WHY_ABSENT
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return "JAX sees no CUDA device"
+    built = [f"{number // 10}.{number % 10}" for number in _ffi.COMPUTE_CAPABILITIES]
+    for device in devices:
+        if device.compute_capability not in built:
+            return (
+                f"the kernels are built for compute capability {', '.join(built)}; "
+                f"{device.device_kind} has {device.compute_capability}"
+            )
+    return None
 
 
 # A new value misses every cache of jit, so that `explain` sees each op traced anew.

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.ffi
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -52,7 +53,8 @@ def call(target: str, results: Any, *operands: jax.Array | None, **attributes: A
     Returns:
       An array or a tuple of arrays, as `results` is.
     """
-    arrays = [np.zeros(0, np.uint8) if x is None else x for x in operands]
+    # Made by JAX, so as to be traced: custom_partitioning takes no constants.
+    arrays = [jnp.zeros(0, jnp.uint8) if x is None else x for x in operands]
     typed = {name: _typed(value) for name, value in attributes.items()}
     return jax.ffi.ffi_call(target, results)(*arrays, **typed)
 

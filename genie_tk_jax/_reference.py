@@ -47,6 +47,16 @@ def linear(equation: str, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Ar
     return y
 
 
+# Kernels move channel-first arrays by TMA, which wants rows to start at multiples of 16 bytes.
+PADDING = 8
+
+
+def padded(x: jax.Array, axes: int = 2) -> jax.Array:
+    """x with its last axes rounded up to multiples of `PADDING` by zeros: [.., I, K] for two."""
+    missing = [(0, 0)] * (x.ndim - axes) + [(0, -size % PADDING) for size in x.shape[-axes:]]
+    return jnp.pad(x, missing) if any(after for _, after in missing) else x
+
+
 # A chunk of rows holds at most this many numbers in its largest temporary, 0.13 GB in float32.
 AT_ONCE = 2**25
 
@@ -68,6 +78,19 @@ def over_rows(function: Callable, numbers: int, operands: tuple) -> Any:
 def wide(weights: Any) -> Any:
     """Weights in float32 or wider, so that their gradients sum in it."""
     return jax.tree.map(lambda w: w.astype(statistics_dtype(w.dtype)), weights)
+
+
+def kernels(dtype: Any, *linears: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """The kernels of linear layers as CUDA kernels read them: all float32, or all of `dtype`."""
+    found = [linear["kernel"] for linear in linears]
+    whole = all(kernel.dtype == jnp.float32 for kernel in found)
+    return tuple(kernel if whole else kernel.astype(dtype) for kernel in found)
+
+
+def biases(*linears: dict[str, jax.Array]) -> tuple[jax.Array | None, ...]:
+    """The biases of linear layers as CUDA kernels read them: float32, or None where absent."""
+    found = [linear.get("bias") for linear in linears]
+    return tuple(None if bias is None else bias.astype(jnp.float32) for bias in found)
 
 
 def like(gradients: Any, weights: Any) -> Any:

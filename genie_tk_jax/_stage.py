@@ -24,6 +24,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from genie_tk_jax import _dispatch
+from genie_tk_jax._reference import PADDING
 
 Arrays = tuple[jax.Array | None, ...]
 
@@ -41,13 +42,14 @@ class _Rule(NamedTuple):
     operands: tuple[tuple[str, ...], ...]
     results: tuple[tuple[str, ...], ...]
     whole: tuple[str, ...]
+    padded: tuple[str, ...]
 
 
-def _parse(rule: str, whole: str) -> _Rule:
+def _parse(rule: str, whole: str, padded: str) -> _Rule:
     operands, results = (
         tuple(tuple(term.split()) for term in side.split(",")) for side in rule.split("->")
     )
-    return _Rule(operands, results, tuple(whole.split()))
+    return _Rule(operands, results, tuple(whole.split()), tuple(padded.split()))
 
 
 def stage(
@@ -56,6 +58,7 @@ def stage(
     rule: str,
     *,
     whole: str,
+    padded: str = "",
     fold: str = "b",
     kernel: Kernel | None = None,
 ) -> Callable[..., Any]:
@@ -67,15 +70,17 @@ def stage(
         named are gradients of weights, [b, ...].
       whole: axes that a device needs whole. Others may be sharded; a result without a sharded
         axis is summed over its devices.
+      padded: axes that some arrays hold rounded up to a multiple of `PADDING`; each device's part
+        of one is such a multiple, or whole.
       fold: the axis that takes a vmapped axis when all operands without it are unmapped.
       kernel: the CUDA kernel, if there is one.
     """
-    parsed = _parse(rule, whole)
+    parsed = _parse(rule, whole, padded)
 
     def refusal(arrays, weights, static) -> str | None:
         if kernel is None:
             return "this version has no CUDA kernel for it"
-        return kernel.unsupported(arrays, weights, **static)
+        return _dispatch.kernels_absent() or kernel.unsupported(arrays, weights, **static)
 
     def local(arrays, weights, static):
         default = functools.partial(reference, **static)
@@ -186,7 +191,9 @@ def _partitioned(function, rule: _Rule, arrays: Arrays, weights):
     results, result_tree = jax.tree.flatten(jax.eval_shape(function, arrays, weights))
     present = [axes for axes, x in zip(rule.operands, arrays, strict=True) if x is not None]
     operand_axes = [*present, *[()] * (len(operands) - len(present))]
-    result_axes = _padded(rule, results)
+    operand_axes, result_axes = _of_one_size(
+        operands, operand_axes, results, _padded(rule, results)
+    )
 
     @custom_partitioning
     def call(*flat):
@@ -194,7 +201,7 @@ def _partitioned(function, rule: _Rule, arrays: Arrays, weights):
 
     def partition(mesh, arg_shapes, result_shapes):
         every = zip([*operand_axes, *result_axes], [*arg_shapes, *result_shapes], strict=True)
-        shards = _shards(mesh, every, rule.whole)
+        shards = _shards(mesh, every, rule)
 
         def placed(axes):
             return NamedSharding(mesh, PartitionSpec(*(shards.get(axis) for axis in axes)))
@@ -222,20 +229,36 @@ def _summed(x: jax.Array, mesh_axes: list[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(mesh_axes)) if mesh_axes else x
 
 
-def _shards(mesh, every, whole: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def _of_one_size(operands, operand_axes, results, result_axes):
+    """The axes, with those renamed apart that have one size here and its rounded-up size there."""
+    arrays, axes_of = [*operands, *results], [*operand_axes, *result_axes]
+    sizes: dict[str, set[int]] = {}
+    for x, axes in zip(arrays, axes_of, strict=True):
+        for axis, size in zip(axes, x.shape, strict=False):
+            sizes.setdefault(axis, set()).add(size)
+    renamed = [
+        tuple(f"{axis}{n}" if len(sizes[axis]) > 1 else axis for axis in axes)
+        for n, axes in enumerate(axes_of)
+    ]
+    return renamed[: len(operands)], renamed[len(operands) :]
+
+
+def _shards(mesh, every, rule: _Rule) -> dict[str, tuple[str, ...]]:
     """The mesh axes that each axis of the rule is sharded over: those of the first array with any.
 
     Args:
       every: pairs of an array's axes and its shape with sharding, operands first.
     """
+    known = {axis for axes in (*rule.operands, *rule.results) for axis in axes} - {*rule.whole}
     shards: dict[str, tuple[str, ...]] = {}
     for axes, shape in every:
         entries = () if shape.sharding is None else shape.sharding.spec
         for axis, entry, size in zip(axes, entries, shape.shape, strict=False):
             names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
             used = {name for taken in shards.values() for name in taken}
-            divides = size % math.prod(mesh.shape[name] for name in names) == 0
-            if names and divides and axis not in {*whole, *shards} and used.isdisjoint(names):
+            parts = math.prod(mesh.shape[name] for name in names)
+            divides = size % (parts * (PADDING if axis in rule.padded else 1)) == 0
+            if names and divides and axis in known - {*shards} and used.isdisjoint(names):
                 shards[axis] = names
     return shards
 

@@ -17,10 +17,10 @@ from genie_tk_jax import _ffi
 
 
 def gated_projection_fwd(**changes):
-    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 64, 128, 64
+    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 8, 128, 64
     operands = {
         "z": np.zeros((batch, rows, columns, channels), jnp.bfloat16),
-        "mask": np.zeros((batch, rows, columns), np.uint8),
+        "mask": np.zeros((batch, rows, columns), bool),
         "norm_scale": np.zeros(channels, np.float32),
         "norm_bias": np.zeros(channels, np.float32),
         "proj_kernel": np.zeros((channels, 2 * hidden), np.float32),
@@ -28,7 +28,7 @@ def gated_projection_fwd(**changes):
         "proj_bias": np.zeros(2 * hidden, np.float32),
         "gate_bias": np.zeros(2 * hidden, np.float32),
     }
-    result = jax.ShapeDtypeStruct((batch, hidden, rows, padded), jnp.bfloat16)
+    result = jax.ShapeDtypeStruct((batch, hidden, padded, padded), jnp.bfloat16)
     attributes = {"epsilon": 1e-5}
     for name, value in changes.items():
         (operands if name in operands else attributes)[name] = value
@@ -78,7 +78,7 @@ def test_operands_may_be_absent(targets, absent):
     ("changes", "refused"),
     [
         ({"mask": np.zeros((2, 3, 5), np.float32)}, 2),
-        ({"mask": np.zeros((2, 3), np.uint8)}, 2),
+        ({"mask": np.zeros((2, 3), bool)}, 2),
         ({"norm_bias": np.zeros(128, jnp.bfloat16)}, 4),
         ({"proj_bias": np.zeros(128, jnp.bfloat16)}, 7),
         ({"epsilon": 1}, 11),
@@ -110,7 +110,7 @@ def test_attributes_have_one_type_whatever_jax_is_set_to(enable_x64):
         ({"z": np.zeros((2, 3, 5, 128), np.float32)}, "z must be bfloat16 or float16"),
         ({"z": np.zeros((3, 5, 128), jnp.bfloat16)}, "z and a must have 4 dimensions"),
         (
-            {"mask": np.zeros((2, 5, 3), np.uint8)},
+            {"mask": np.zeros((2, 5, 3), bool)},
             r"mask must have shape \[2, 3, 5\]; got \[2, 5, 3\]",
         ),
         ({"norm_bias": np.zeros(64, np.float32)}, r"norm_bias must have shape \[128\]; got \[64\]"),

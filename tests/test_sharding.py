@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import genie_tk_jax
 from genie_tk_jax._stage import stage
 
-N, C = 16, 8
+N, C = 64, 8  # a multiple of 8 pairs for each device
 SPECS = {
     "rows": P("x", None, None),
     "columns": P(None, "x", None),

@@ -15,7 +15,7 @@ int CheckAll(const std::vector<Case>& cases) {
 template <typename T>
 void TimeOne(const Case& c) {
   const double bytes = sizeof(T) * (double(c.pairs()) * c.channels + 2. * c.outputs()) + c.pairs();
-  const double flops = 2. * c.batch * c.rows * c.padded() * c.channels * 4 * c.hidden;
+  const double flops = 2. * c.pairs() * c.channels * 4 * c.hidden;
   const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
   const float ms = Problem<T>(c, copies).Time();
   std::printf(

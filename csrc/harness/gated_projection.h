@@ -19,10 +19,11 @@ struct Case {
   Mask mask = Mask::kRandom;
   bool bias = true;
   bool float_weights = true;
-  int64_t extra = 0;  // columns of padding beyond the next multiple of 64
-  __host__ __device__ int64_t padded() const { return (columns + 63) / 64 * 64 + extra; }
+  int64_t extra = 0;  // columns of padding beyond the next multiple of 8
+  __host__ __device__ int64_t padded() const { return (columns + 7) / 8 * 8 + extra; }
+  __host__ __device__ int64_t rows_padded() const { return (rows + 7) / 8 * 8; }
   __host__ __device__ int64_t pairs() const { return batch * rows * columns; }
-  __host__ __device__ int64_t outputs() const { return batch * hidden * rows * padded(); }
+  __host__ __device__ int64_t outputs() const { return batch * hidden * rows_padded() * padded(); }
 };
 
 constexpr float kEpsilon = 1e-5f;
@@ -57,10 +58,10 @@ static __global__ void Inspect(const uint16_t* first, const uint16_t* second, Ca
                                unsigned long long* faults) {
   const int64_t padded = c.padded(), step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < c.outputs(); i += step) {
-    const int64_t column = i % padded, row = i / padded % c.rows;
-    const int64_t batch = i / padded / c.rows / c.hidden;
+    const int64_t column = i % padded, row = i / padded % c.rows_padded();
+    const int64_t batch = i / padded / c.rows_padded() / c.hidden;
     const int64_t pair = (batch * c.rows + row) * c.columns + column;
-    const bool zero = column >= c.columns || !Valid(c.mask, pair);
+    const bool zero = column >= c.columns || row >= c.rows || !Valid(c.mask, pair);
     if (zero && first[i] != 0) atomicAdd(&faults[0], 1ull);
     if (first[i] != second[i]) atomicAdd(&faults[1], 1ull);
   }
@@ -73,7 +74,8 @@ __global__ void Gather(const T* a, const T* b, const int64_t* pairs, float* to, 
   const int64_t batch = pair / c.columns / c.rows;
   for (int h = threadIdx.x; h < 2 * c.hidden; h += blockDim.x) {
     const T* from = h < c.hidden ? a : b;
-    const int64_t at = ((batch * c.hidden + h % c.hidden) * c.rows + row) * c.padded() + column;
+    const int64_t at =
+        ((batch * c.hidden + h % c.hidden) * c.rows_padded() + row) * c.padded() + column;
     to[int64_t{blockIdx.x} * 2 * c.hidden + h] = Widen(from[at]);
   }
 }
@@ -120,6 +122,7 @@ class Problem {
     p.kernel_dtype = c_.float_weights ? Float::kF32 : dtype;
     if (c_.bias) p.proj_bias = vector_[2], p.gate_bias = vector_[3];
     p.batch = c_.batch, p.rows = c_.rows, p.columns = c_.columns, p.columns_padded = c_.padded();
+    p.rows_padded = c_.rows_padded();
     p.channels = c_.channels, p.hidden = c_.hidden;
     return p;
   }

@@ -5,12 +5,12 @@ namespace genie {
 namespace {
 
 using xla::ffi::F32;
-using xla::ffi::U8;
+using xla::ffi::PRED;
 
 constexpr char kEpsilon[] = "epsilon";
 using Epsilon = Attr<float, kEpsilon>;
 
-constexpr int64_t kColumnTile = 64;  // columns of a and b are padded to a multiple of it
+constexpr int64_t kPadding = 8;  // rows and columns of a and b are padded to multiples of it
 
 // Of a dtype that DtypeStatus let pass.
 Float FloatOf(DataType dtype) {
@@ -43,7 +43,7 @@ Error Launched(const GatedProjection& projection, cudaStream_t stream) {
                                 " channels and " + std::to_string(projection.hidden) + " hidden");
 }
 
-Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<U8, 3> mask,
+Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask,
                              Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
                              AnyBuffer proj_kernel, AnyBuffer gate_kernel,
                              Optional<F32, 1> proj_bias, Optional<F32, 1> gate_bias,
@@ -53,10 +53,11 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<U8, 3> m
   }
   const int64_t batch = z.dimensions()[0], rows = z.dimensions()[1], columns = z.dimensions()[2],
                 channels = z.dimensions()[3], hidden = a->dimensions()[1],
-                padded = (columns + kColumnTile - 1) / kColumnTile * kColumnTile;
+                rows_padded = (rows + kPadding - 1) / kPadding * kPadding,
+                columns_padded = (columns + kPadding - 1) / kPadding * kPadding;
   for (const Error& error :
        {DtypeStatus(z, proj_kernel, gate_kernel, *a, *b),
-        ShapeStatus("a and b", {batch, hidden, rows, padded}, *a, *b),
+        ShapeStatus("a and b", {batch, hidden, rows_padded, columns_padded}, *a, *b),
         ShapeStatus("mask", {batch, rows, columns}, mask),
         ShapeStatus("norm_scale and norm_bias", {channels}, norm_scale, norm_bias),
         ShapeStatus("proj_kernel and gate_kernel", {channels, 2 * hidden}, proj_kernel,
@@ -66,7 +67,7 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<U8, 3> m
   }
   if (a->element_count() == 0) return Error::Success();
   return Launched({.z = z.untyped_data(),
-                   .mask = DataOrNull(mask),
+                   .mask = MaskOrNull(mask),
                    .a = a->untyped_data(),
                    .b = b->untyped_data(),
                    .dtype = FloatOf(z.element_type()),
@@ -80,7 +81,8 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<U8, 3> m
                    .batch = batch,
                    .rows = rows,
                    .columns = columns,
-                   .columns_padded = padded,
+                   .rows_padded = rows_padded,
+                   .columns_padded = columns_padded,
                    .channels = static_cast<int>(channels),
                    .hidden = static_cast<int>(hidden),
                    .epsilon = *epsilon},

@@ -20,6 +20,7 @@ namespace {
 using namespace kittens;
 
 constexpr int kPairs = 64;   // of a tile: the rows of one WGMMA
+constexpr int kPadding = 8;  // rows and columns of a and b are multiples of it
 constexpr int kHidden = 64;  // hidden columns of a chunk: one 128-byte swizzled row of B
 
 // Sizes by channels. The weights of one block fill 128 KiB; 256 channels leave room for two
@@ -56,10 +57,14 @@ template <typename T, int C>
 struct Globals {
   using S = Shape<T, C>;
   gl<T, 1, -1, -1, C, typename S::Pairs> z;                                     // [1, B I, K, C]
-  gl<T, -1, -1, -1, -1, tma::descriptor<typename S::Output, dim::DEPTH>> a, b;  // [B, Hm, I, Kp]
+  gl<T, -1, -1, -1, -1, tma::descriptor<typename S::Output, dim::DEPTH>> a, b;  // [B, Hm, Ip, Kp]
   GatedProjection given;
-  int tiles, column_tiles;  // of all positions, and of one row
+  int tiles, column_tiles;  // of all padded positions, and of one row
   int slices, chunks;       // of the hidden columns, and chunks in a slice
+};
+
+struct Position {
+  int batch, row, column_tile, source_row;
 };
 
 // Fills `chunks` tiles with half of the [C, 64] blocks of a kernel whose rows are `stride` apart:
@@ -128,12 +133,20 @@ __global__ __launch_bounds__(S::kThreads, 1) void Project(const __grid_constant_
   const int own_tiles = (g.tiles - first_tile + tile_step - 1) / tile_step;
   const int first_chunk = blockIdx.x % g.slices * g.chunks;
   const int columns = g.given.columns, rows = g.given.rows;
+  const int rows_padded = g.given.rows_padded;
+  // Where tile n lies in a and b, and the row of z that it reads: a row of padding reads the last
+  // one, and its mask is empty.
+  const auto locate = [&](int n) {
+    const int tile = first_tile + n * tile_step, any_row = tile / g.column_tiles;
+    const int batch = any_row / rows_padded, row = any_row % rows_padded;
+    return Position{batch, row, tile % g.column_tiles, batch * rows + min(row, rows - 1)};
+  };
   const auto load = [&](int n) {
-    const int tile = first_tile + n * tile_step;
+    const Position at = locate(n);
     auto& z = shared.z[n % S::kStages];
     auto& arrived = shared.arrived[n % S::kTurns];
     tma::expect(arrived, z);
-    tma::load_async(z, g.z, {tile / g.column_tiles, tile % g.column_tiles, 0}, arrived);
+    tma::load_async(z, g.z, {at.source_row, at.column_tile, 0}, arrived);
   };
 
   // 1. The first tiles are on their way while the weights are converted.
@@ -161,17 +174,17 @@ __global__ __launch_bounds__(S::kThreads, 1) void Project(const __grid_constant_
     const int consumer = warpgroupid();
     int buffer = 0;
     for (int n = consumer; n < own_tiles; n += S::kConsumers) {
-      const int tile = first_tile + n * tile_step, column_tile = tile % g.column_tiles;
-      const int any_row = tile / g.column_tiles, batch = any_row / rows, row = any_row % rows;
+      const Position at = locate(n);
 
       // Read here, so that it has arrived by the first epilogue.
       unsigned valid[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = kPairs * column_tile + 16 * warpgroup::warpid() + 8 * i + laneid() / 4;
-        valid[i] = column < columns;
-        if (column < columns && g.given.mask) {
-          valid[i] = __ldg(g.given.mask + int64_t{any_row} * columns + column);
+        const int column =
+            kPairs * at.column_tile + 16 * warpgroup::warpid() + 8 * i + laneid() / 4;
+        valid[i] = column < columns && at.row < rows;
+        if (valid[i] && g.given.mask) {
+          valid[i] = __ldg(g.given.mask + int64_t{at.source_row} * columns + column);
         }
       }
 
@@ -198,7 +211,7 @@ __global__ __launch_bounds__(S::kThreads, 1) void Project(const __grid_constant_
         const bool first = hidden_tile < half;
         warpgroup::tma::store_async<dim::DEPTH, NORMAL>(
             first ? g.a : g.b, staged,
-            {batch, first ? hidden_tile : hidden_tile - half, row, column_tile});
+            {at.batch, first ? hidden_tile : hidden_tile - half, at.row, at.column_tile});
         buffer ^= 1;
       };
 
@@ -243,8 +256,8 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) return status;
 
-  const int column_tiles = p.columns_padded / kPairs;
-  const int64_t tiles = p.batch * p.rows * column_tiles;
+  const int column_tiles = (p.columns_padded + kPairs - 1) / kPairs;
+  const int64_t tiles = p.batch * p.rows_padded * column_tiles;
   if (tiles >= int64_t{1} << 30) return cudaErrorInvalidValue;
   // As few slices as hold the weights, more where positions alone leave processors idle.
   const int all_chunks = 2 * p.hidden / kHidden;
@@ -253,17 +266,18 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
   const int groups = std::min<int64_t>(tiles, std::max(1, processors / slices));
 
   const size_t batch = p.batch, rows = p.rows, columns = p.columns;
-  const size_t hidden = p.hidden, padded = p.columns_padded;
+  const size_t hidden = p.hidden, rows_padded = p.rows_padded, columns_padded = p.columns_padded;
   T* z = static_cast<T*>(const_cast<void*>(p.z));
   try {
-    const Globals<T, C> globals = {.z = {z, nullptr, batch * rows, columns, nullptr},
-                                   .a = {static_cast<T*>(p.a), batch, hidden, rows, padded},
-                                   .b = {static_cast<T*>(p.b), batch, hidden, rows, padded},
-                                   .given = p,
-                                   .tiles = static_cast<int>(tiles),
-                                   .column_tiles = column_tiles,
-                                   .slices = slices,
-                                   .chunks = all_chunks / slices};
+    const Globals<T, C> globals = {
+        .z = {z, nullptr, batch * rows, columns, nullptr},
+        .a = {static_cast<T*>(p.a), batch, hidden, rows_padded, columns_padded},
+        .b = {static_cast<T*>(p.b), batch, hidden, rows_padded, columns_padded},
+        .given = p,
+        .tiles = static_cast<int>(tiles),
+        .column_tiles = column_tiles,
+        .slices = slices,
+        .chunks = all_chunks / slices};
     kernel<<<groups * slices, S::kThreads, kShared, stream>>>(globals);
   } catch (const std::runtime_error&) {  // a stride or a size is beyond TMA
     return cudaErrorInvalidValue;
@@ -283,9 +297,9 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
 
 cudaError_t Launch(const GatedProjection& p, cudaStream_t stream) {
   const bool widths = p.hidden == 64 || p.hidden == 128 || p.hidden == 256;
-  const bool sizes = p.batch >= 0 && p.rows >= 0 && p.columns >= 1 &&
-                     p.columns_padded >= p.columns && p.columns_padded % kPairs == 0 &&
-                     p.columns_padded < int64_t{1} << 31;
+  const bool sizes = p.batch >= 0 && p.rows >= 0 && p.columns >= 1 && p.rows_padded >= p.rows &&
+                     p.columns_padded >= p.columns && p.rows_padded % kPadding == 0 &&
+                     p.columns_padded % kPadding == 0 && p.columns_padded < int64_t{1} << 31;
   const bool types = p.kernel_dtype == Float::kF32 || p.kernel_dtype == p.dtype;
   const auto kernels =
       reinterpret_cast<uintptr_t>(p.proj_kernel) | reinterpret_cast<uintptr_t>(p.gate_kernel);

@@ -13,8 +13,12 @@ GROUPS = ("norm_in", "norm_out", "proj_out", "gate_out")
 
 
 def reference(arrays, weights, *, residual, epsilon):
-    """z [B, I, J, C], t [B, Hm, I, J], mask bool [B, I, J] or None -> [B, I, J, C]."""
+    """z [B, I, J, C], t [B, Hm, I.., J..], mask bool [B, I, J] or None -> [B, I, J, C].
+
+    t may be longer than z: what lies past I and J is not read.
+    """
     z, t, mask = arrays
+    t = t[..., : z.shape[1], : z.shape[2]]
     z = _reference.readable(z, mask)
     x = _reference.layer_norm(z, **weights["norm_in"], epsilon=epsilon)
     gate = jax.nn.sigmoid(_reference.linear("bijc,cd->bijd", x, weights["gate_out"]))
@@ -32,12 +36,13 @@ def _backward_reference(arrays, weights, *, residual, epsilon):
 
 
 AXES = "b i j c, b h i j, b i j"
-forward = stage("gated_output", reference, f"{AXES} -> b i j c", whole="c h")
+forward = stage("gated_output", reference, f"{AXES} -> b i j c", whole="c h", padded="i j")
 backward = stage(
     "gated_output_backward",
     _backward_reference,
     f"{AXES}, b i j c -> b i j c, b h i j",
     whole="c h",
+    padded="i j",
 )
 
 

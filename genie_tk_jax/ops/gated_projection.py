@@ -5,23 +5,51 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _reference
-from genie_tk_jax._stage import stage
+from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax._stage import Kernel, stage
 from genie_tk_jax.params import axis_size, checked, triangle_multiplication_spec
 
 GROUPS = ("norm_in", "proj_in", "gate_in")
+WIDTHS = (64, 128, 256)
 
 
 def reference(arrays, weights, *, epsilon):
-    """z [B, I, K, C], mask bool [B, I, K] or None -> a, b [B, Hm, I, K]."""
+    """z [B, I, K, C], mask bool [B, I, K] or None -> a, b [B, Hm, I, K], I and K rounded up."""
     z, mask = arrays
     x = _reference.layer_norm(_reference.readable(z, mask), **weights["norm_in"], epsilon=epsilon)
     gate = jax.nn.sigmoid(_reference.linear("bikc,ch->bikh", x, weights["gate_in"]))
     ab = gate * _reference.linear("bikc,ch->bikh", x, weights["proj_in"])
     if mask is not None:
         ab = jnp.where(mask[..., None], ab, 0)
-    a, b = jnp.split(jnp.moveaxis(ab, -1, 1), 2, axis=1)
+    a, b = jnp.split(_reference.padded(jnp.moveaxis(ab, -1, 1)), 2, axis=1)
     return a, b
+
+
+def unsupported(arrays, weights, **_) -> str | None:
+    """Why the kernel cannot serve these arguments, or None."""
+    z, hidden = arrays[0], weights["proj_in"]["kernel"].shape[1] // 2
+    if z.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"z must be bfloat16 or float16; got {z.dtype}"
+    for name, width in (("c_z", z.shape[-1]), ("c_hidden", hidden)):
+        if width not in WIDTHS:
+            return f"{name} must be one of {WIDTHS}; got {width}"
+    return None
+
+
+def _kernel(arrays, weights, *, epsilon):
+    z, mask = arrays
+    norm, projection, gate = (weights[group] for group in GROUPS)
+    hidden = projection["kernel"].shape[1] // 2
+    batch, *sizes, _ = z.shape
+    shape = (batch, hidden, *(size + -size % _reference.PADDING for size in sizes))
+    result = jax.ShapeDtypeStruct(shape, z.dtype)
+    operands = (
+        *(norm[name].astype(jnp.float32) for name in ("scale", "bias")),
+        *_reference.kernels(z.dtype, projection, gate),
+        *_reference.biases(projection, gate),
+    )
+    target = "genie_gated_projection_fwd"
+    return _ffi.call(target, (result, result), z, mask, *operands, epsilon=epsilon)
 
 
 def _backward_reference(arrays, weights, *, epsilon):
@@ -33,12 +61,20 @@ def _backward_reference(arrays, weights, *, epsilon):
 
 
 AXES = "b i k c, b i k"
-forward = stage("gated_projection", reference, f"{AXES} -> b h i k, b h i k", whole="c h")
+forward = stage(
+    "gated_projection",
+    reference,
+    f"{AXES} -> b h i k, b h i k",
+    whole="c h",
+    padded="i k",
+    kernel=Kernel(_kernel, unsupported),
+)
 backward = stage(
     "gated_projection_backward",
     _backward_reference,
     f"{AXES}, b h i k, b h i k -> b i k c",
     whole="c h",
+    padded="i k",
 )
 
 
@@ -69,7 +105,7 @@ def gated_projection(
     *,
     epsilon: float = 1e-5,
     implementation: _dispatch.Implementation | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The operands of triangle multiplication's contraction, channel first.
 
     x = LayerNorm(z); a | b = mask * sigmoid(x W_gate) * (x W_proj), halves of one projection.
@@ -107,4 +143,5 @@ def gated_projection(
         a, b = reference((z, mask), weights, epsilon=epsilon)
     else:
         a, b = _op(z, mask, weights, epsilon, implementation)
-    return shapes.unfold(a), shapes.unfold(b)
+    rows, columns = shapes["I"], shapes["K"]
+    return tuple(shapes.unfold(x[..., :rows, :columns]) for x in (a, b))
