@@ -201,16 +201,16 @@ __global__ __launch_bounds__(S::kThreads,
       Normalize(x, x, MomentsOf(x, g.given.epsilon), shared.norm_in_scale, shared.norm_in_bias);
 
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
-        rt_fl<16, kColumns> gate, proj;  // they start from the biases
-        EveryRow(gate, shared.gate_bias[chunk]);
-        EveryRow(proj, shared.proj_bias[chunk]);
-        warpgroup::mma_AB(gate, x, shared.gate[chunk]);
-        warpgroup::mma_AB(proj, y, shared.proj[chunk]);
+        rt_fl<16, kColumns> gate, proj;
+        warpgroup::mm_AB(gate, x, shared.gate[chunk]);
+        warpgroup::mm_AB(proj, y, shared.proj[chunk]);
         warpgroup::mma_async_wait<1>();
         Pin(gate);
+        AddToRows(gate, shared.gate_bias[chunk]);
         warp::unary_map<Tanh>(gate, gate);
         warpgroup::mma_async_wait<0>();
         Pin(proj);
+        AddToRows(proj, shared.proj_bias[chunk]);
         warp::mul(gate, gate, proj);
         warp::add(proj, proj, gate);
 

@@ -105,18 +105,21 @@ __device__ inline void KeepReadable(Tile& z, unsigned (&readable)[2]) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) readable[i] = readable[i] || isfinite(RowTotal(size[i]));
+  for (int i = 0; i < 2; ++i) readable[i] |= isfinite(RowTotal(size[i]));
   KeepRows(z, readable);
 }
 
-// Sets every row to the vector.
+// Adds the vector to every row.
 template <typename Tile>
-__device__ inline void EveryRow(Tile& tile, const kittens::sv_fl<Tile::cols>& row) {
+__device__ inline void AddToRows(Tile& tile, const kittens::sv_fl<Tile::cols>& row) {
 #pragma unroll
   for (int j = 0; j < Tile::width; ++j) {
     const Columns values(row, j);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) tile.tiles[0][j].data[k] = values.of(k);
+    for (int k = 0; k < 4; ++k) {
+      tile.tiles[0][j].data[k].x += values.of(k).x;
+      tile.tiles[0][j].data[k].y += values.of(k).y;
+    }
   }
 }
 
