@@ -27,17 +27,9 @@ constexpr int kColumns = 64;  // of a chunk of the output: one 128-byte swizzled
 // which hold t until it is in registers and z until the output has left.
 template <typename T, int C, int H>
 struct Shape {
-  static constexpr bool kWide =  // tiles of 64 registers
-      C == 256 || H == 256 || (H == 128 && !std::is_same_v<T, bf16>);
-#ifdef GENIE_CONSUMERS
-  static constexpr int kConsumers = GENIE_CONSUMERS;
-#else
-  static constexpr int kConsumers = kWide ? 2 : 3;
-#endif
+  static constexpr int kConsumers = 2;
   static constexpr int kThreads = (kConsumers + 1) * WARPGROUP_THREADS;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static constexpr int kProducerRegisters = 24;
-  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 512);
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
   using Contracted = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
   using Pairs = st<T, kPairs, C>;
@@ -51,14 +43,10 @@ struct Shape {
   static constexpr int kRoom =
       MAX_SHARED_MEMORY - 8 * 1024 - kChunks * (sizeof(Gate) + sizeof(Proj));
   static constexpr int kHiddenBytes = kHiddenTiles * sizeof(Hidden);
-#ifdef GENIE_Z_STAGES
-  static constexpr int kStages = GENIE_Z_STAGES, kHiddenStages = GENIE_T_STAGES;
-#else
   static constexpr int kHiddenStages =
       std::clamp<int>(kRoom / (sizeof(Pairs) + kHiddenBytes), 1, 4);
   static constexpr int kStages =
       std::min<int>((kRoom - kHiddenStages * kHiddenBytes) / sizeof(Pairs), 6);
-#endif
   static_assert(kStages >= 1 && kHiddenStages >= 1);
 
   struct Shared {
@@ -92,10 +80,14 @@ template <typename S, typename Shared>
 __device__ void FillParameters(Shared& shared, const GatedOutput& given, int first_column,
                                int chunks) {
   constexpr int kThreads = S::kThreads;
-  FillWeights<kThreads>(shared.gate, chunks, given.gate_kernel, given.kernel_dtype, first_column,
-                        given.channels, 0.5f);
-  FillWeights<kThreads>(shared.proj, chunks, given.proj_kernel, given.kernel_dtype, first_column,
-                        given.channels, 0.5f);
+  const auto fill = [&](auto* tiles, const void* matrix) {
+    AsStored<typename S::Gate::T>(matrix, given.kernel_dtype, [&](auto* stored) {
+      FillWeights<kThreads>(tiles, chunks, stored + first_column, given.channels,
+                            [](float w, int, int) { return 0.5f * w; });
+    });
+  };
+  fill(shared.gate, given.gate_kernel);
+  fill(shared.proj, given.proj_kernel);
   for (int i = threadIdx.x; i < kColumns * chunks; i += kThreads) {
     const int column = first_column + i, chunk = i / kColumns, at = i % kColumns;
     shared.gate_bias[chunk][at] = given.gate_bias ? 0.5f * given.gate_bias[column] : 0.f;
@@ -166,7 +158,8 @@ __global__ __launch_bounds__(S::kThreads,
     }
   } else {  // 3. Consumer w takes tiles w, w + kConsumers, ... of the block.
     warpgroup::increase_registers<S::kConsumerRegisters>();
-    for (int n = warpgroupid(); n < own_tiles; n += S::kConsumers) {
+    const int warp_row = Uniform(warpgroup::warpid());
+    for (int n = Uniform(warpgroupid()); n < own_tiles; n += S::kConsumers) {
       const int tile = first_tile + n * tile_step, column_tile = tile % g.column_tiles;
       const int any_row = tile / g.column_tiles;
       auto& z_tile = shared.z[n % S::kStages];
@@ -174,7 +167,7 @@ __global__ __launch_bounds__(S::kThreads,
       unsigned readable[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = kPairs * column_tile + 16 * warpgroup::warpid() + 8 * i + laneid() / 4;
+        const int column = kPairs * column_tile + 16 * warp_row + 8 * i + laneid() / 4;
         readable[i] = 1;
         if (column < columns && g.given.mask) {
           readable[i] = __ldg(g.given.mask + int64_t{any_row} * columns + column);
@@ -185,7 +178,7 @@ __global__ __launch_bounds__(S::kThreads,
       {
         rt<typename S::Contracted, 16, H> t;
         t_phases.WaitArrived(n);
-        LoadTransposed(t, shared.t[n % S::kHiddenStages], warpgroup::warpid());
+        LoadTransposed(t, shared.t[n % S::kHiddenStages], warp_row);
         warp::sync();
         warp::arrive(t_phases.Finished(n));
         Normalize(y, t, MomentsOf(t, g.given.epsilon), shared.norm_out_scale, shared.norm_out_bias);
@@ -215,8 +208,8 @@ __global__ __launch_bounds__(S::kThreads,
         warp::add(proj, proj, gate);
 
         const int at = first_chunk + chunk;
-        auto& staged = reinterpret_cast<typename S::Rows*>(
-            z_tile.data)[WARPGROUP_WARPS * at + warpgroup::warpid()];
+        auto& staged =
+            reinterpret_cast<typename S::Rows*>(z_tile.data)[WARPGROUP_WARPS * at + warp_row];
         if (g.given.residual) {
           rt<T, 16, kColumns> z;
           warp::load(z, staged);
@@ -228,7 +221,7 @@ __global__ __launch_bounds__(S::kThreads,
         FenceAsyncProxy();
         warp::sync();
         warp::tma::store_async<dim::ROW, NORMAL>(
-            g.out, staged, {any_row, WARPGROUP_WARPS * column_tile + warpgroup::warpid(), at});
+            g.out, staged, {any_row, WARPGROUP_WARPS * column_tile + warp_row, at});
       }
     }
     warp::tma::store_async_wait();

@@ -6,6 +6,10 @@
 
 namespace genie {
 
+// A value that all lanes share, told to the compiler so that what follows from it takes uniform
+// registers.
+__device__ inline int Uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Registers and element (of a row-layout tile of 16 rows) as floats, rounded on the way back.
 template <typename T2>
 __device__ inline float2 Unpack(T2 pair) {
@@ -90,6 +94,23 @@ __device__ inline void Normalize(X& x, const Z& z, const Moments& m,
   }
 }
 
+// x = (z - mean) / deviation, rounded once; z may be x. `scale` becomes 1 / deviation.
+template <typename X, typename Z>
+__device__ inline void Standardize(X& x, const Z& z, float (&scale)[2], float epsilon) {
+  const Moments m = MomentsOf(z, epsilon);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) scale[i] = m.scale[i];
+#pragma unroll
+  for (int j = 0; j < X::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 pair = Unpack(z.tiles[0][j].data[k]);
+      x.tiles[0][j].data[k] = Pack<typename X::dtype>(
+          {(pair.x - m.mean[k % 2]) * scale[k % 2], (pair.y - m.mean[k % 2]) * scale[k % 2]});
+    }
+  }
+}
+
 // Zeros the rows of a 16-bit tile that are not `readable` and hold infinity, NaN or values whose
 // sum overflows. `readable`, as KeepRows takes it, then says which rows were kept.
 template <typename Tile>
@@ -131,26 +152,55 @@ __device__ inline void LoadTransposed(kittens::rt<T, 16, H>& dst, kittens::st<T,
   const auto columns = src[0].template subtile<H, 16>({0, w});
   kittens::warp::load(Transposed(dst), columns);
 }
+// Where this lane's elements of such a tile in float32 lie: of column half k % 2 and of row e of a
+// pair; further rows of eight keep the permutation.
+struct TransposedFloats {
+  float* at[2][2];
+  template <int H>
+  __device__ TransposedFloats(kittens::st<float, H, 32> (&tile)[2], int w) {
+    const int lane = kittens::laneid(), row = 2 * (lane % 4), column = 16 * (w % 2) + lane / 4;
+    char* base = reinterpret_cast<char*>(tile[w / 2].data);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int bytes = (128 * (row + e) + 4 * (column + 8 * half)) ^ (row + e) << 4;
+        at[half][e] = reinterpret_cast<float*>(base + bytes);
+      }
+    }
+  }
+  __device__ float& of(int j, int k, int e) const {
+    return at[k % 2][e][(16 * j + 8 * (k / 2)) * 32];
+  }
+};
 template <int H>
 __device__ inline void LoadTransposed(kittens::rt_fl<16, H>& dst,
                                       kittens::st<float, H, 32> (&src)[2], int w) {
-  const int lane = kittens::laneid(), row = 2 * (lane % 4), column = 16 * (w % 2) + lane / 4;
-  const char* base = reinterpret_cast<const char*>(src[w / 2].data);
-  const float* from[2][2];  // by column half and row of a pair; further rows keep the permutation
+  const TransposedFloats from(src, w);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int j = 0; j < H / 16; ++j) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int bytes = (128 * (row + e) + 4 * (column + 8 * half)) ^ ((row + e) % 8 << 4);
-      from[half][e] = reinterpret_cast<const float*>(base + bytes);
-    }
+    for (int k = 0; k < 4; ++k) dst.tiles[0][j].data[k] = {from.of(j, k, 0), from.of(j, k, 1)};
   }
+}
+
+// The way back.
+template <typename T, int H>
+__device__ inline void StoreTransposed(kittens::st<T, H, 64> (&dst)[1], kittens::rt_fl<16, H>& src,
+                                       int w) {
+  auto columns = dst[0].template subtile<H, 16>({0, w});
+  kittens::warp::store(columns, Transposed(src));
+}
+template <int H>
+__device__ inline void StoreTransposed(kittens::st<float, H, 32> (&dst)[2],
+                                       kittens::rt_fl<16, H>& src, int w) {
+  const TransposedFloats to(dst, w);
 #pragma unroll
   for (int j = 0; j < H / 16; ++j) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int further = (16 * j + 8 * (k / 2)) * 32;
-      dst.tiles[0][j].data[k] = {from[k % 2][0][further], from[k % 2][1][further]};
+      to.of(j, k, 0) = src.tiles[0][j].data[k].x;
+      to.of(j, k, 1) = src.tiles[0][j].data[k].y;
     }
   }
 }

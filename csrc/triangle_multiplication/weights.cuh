@@ -6,44 +6,57 @@
 
 namespace genie {
 
-// Fills `chunks` tiles with the [rows, cols] blocks, from `first_column` on, of a matrix whose rows
-// are `stride` apart, times a power of two.
-template <int kThreads, typename Weight, typename Stored>
-__device__ void FillWeights(Weight* tiles, int chunks, const Stored* kernel, int stride,
-                            float factor) {
-  using namespace kittens;
-  using T = typename Weight::T;
-  constexpr int kVector = 8;  // elements of a 16-byte chunk of a tile's row
-  constexpr int kVectors = Weight::num_elements / kVector, kRowVectors = Weight::cols / kVector;
-  constexpr int kLoads = kVector * sizeof(Stored) / sizeof(uint4);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < chunks * kVectors; i += kThreads) {
-    const int chunk = i / kVectors, row = i % kVectors / kRowVectors;
-    const int column = i % kRowVectors * kVector;
-    const Stored* from = kernel + row * stride + chunk * Weight::cols + column;
-    uint4 raw[kLoads], packed;
+// Eight consecutive elements as floats.
+template <typename Stored>
+__device__ inline void LoadEight(float (&to)[8], const Stored* from) {
+  constexpr int kLoads = 8 * sizeof(Stored) / sizeof(uint4);
+  uint4 raw[kLoads];
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
+  for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const float x =
-          base_types::convertor<float, Stored>::convert(reinterpret_cast<const Stored*>(raw)[j]);
-      reinterpret_cast<T*>(&packed)[j] = base_types::convertor<T, float>::convert(factor * x);
-    }
-    *reinterpret_cast<uint4*>(&tiles[chunk][{row, column}]) = packed;
+  for (int j = 0; j < 8; ++j) {
+    to[j] = kittens::base_types::convertor<float, Stored>::convert(
+        reinterpret_cast<const Stored*>(raw)[j]);
   }
 }
-template <int kThreads, typename Weight>
-__device__ void FillWeights(Weight* tiles, int chunks, const void* kernel, Float dtype,
-                            int first_column, int stride, float factor) {
-  using T = typename Weight::T;
+
+// Calls f with a matrix as it is stored: of float32, or of T.
+template <typename T, typename F>
+__device__ inline void AsStored(const void* matrix, Float dtype, F&& f) {
   if (dtype == Float::kF32) {
-    FillWeights<kThreads>(tiles, chunks, static_cast<const float*>(kernel) + first_column, stride,
-                          factor);
+    f(static_cast<const float*>(matrix));
   } else {
-    FillWeights<kThreads>(tiles, chunks, static_cast<const T*>(kernel) + first_column, stride,
-                          factor);
+    f(static_cast<const T*>(matrix));
   }
+}
+
+// Fills `chunks` tiles with the [rows, cols] blocks of a matrix whose rows are `stride` apart, each
+// element w being f(w, row, column).
+template <int kThreads, typename Weight, typename Stored, typename F>
+__device__ void FillWeights(Weight* tiles, int chunks, const Stored* matrix, int stride, F&& f) {
+  using T = typename Weight::T;
+  constexpr int kVectors = Weight::num_elements / 8, kRowVectors = Weight::cols / 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < chunks * kVectors; i += kThreads) {
+    const int chunk = i / kVectors, row = i % kVectors / kRowVectors, at = i % kRowVectors * 8;
+    const int column = chunk * Weight::cols + at;
+    float w[8];
+    LoadEight(w, matrix + row * stride + column);
+    uint4 packed;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      reinterpret_cast<T*>(&packed)[j] =
+          kittens::base_types::convertor<T, float>::convert(f(w[j], row, column + j));
+    }
+    *reinterpret_cast<uint4*>(&tiles[chunk][{row, at}]) = packed;
+  }
+}
+
+// Element `at` of a kernel as float.
+__device__ inline float WeightAt(const void* kernel, Float kernel_dtype, Float dtype, int64_t at) {
+  if (kernel_dtype == Float::kF32) return static_cast<const float*>(kernel)[at];
+  if (dtype == Float::kBf16) return __bfloat162float(static_cast<const kittens::bf16*>(kernel)[at]);
+  return __half2float(static_cast<const kittens::half*>(kernel)[at]);
 }
 
 template <int kThreads, size_t length>
