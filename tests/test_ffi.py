@@ -37,7 +37,34 @@ def gated_projection_fwd(**changes):
     )
 
 
-CALLS = {"genie_gated_projection_fwd": gated_projection_fwd}
+def _contraction(results, gradient, changes):
+    edge = np.zeros((2, 3, 8, 16), jnp.bfloat16)
+    mask = np.zeros((2, 5, 13), bool)
+    operands = {"a": edge, "b": edge, **gradient, "a_mask": mask, "b_mask": mask}
+    attributes = {"incoming": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    results = [jax.ShapeDtypeStruct((2, 3, *sizes), jnp.bfloat16) for sizes in results]
+    live = jax.ShapeDtypeStruct((4,), jnp.uint8)
+    return [*results, live], [*operands.values()], attributes
+
+
+def contract_fwd(**changes):
+    results, operands, attributes = _contraction([(8, 8)], {}, changes)
+    return _ffi.call("genie_contract_fwd", results, *operands, **attributes)
+
+
+def contract_bwd(**changes):
+    gradient = {"dt": np.zeros((2, 3, 8, 8), jnp.bfloat16)}
+    results, operands, attributes = _contraction([(8, 16), (8, 16)], gradient, changes)
+    return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
+
+
+CALLS = {
+    "genie_gated_projection_fwd": gated_projection_fwd,
+    "genie_contract_fwd": contract_fwd,
+    "genie_contract_bwd": contract_bwd,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +96,18 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
     assert refused_operands(call) == [0]
 
 
-@pytest.mark.parametrize("absent", [("mask",), ("proj_bias", "gate_bias")], ids="-".join)
-def test_operands_may_be_absent(targets, absent):
-    assert refused_operands(gated_projection_fwd, **dict.fromkeys(absent)) == [0]
+@pytest.mark.parametrize(
+    ("call", "absent"),
+    [
+        (gated_projection_fwd, ("mask",)),
+        (gated_projection_fwd, ("proj_bias", "gate_bias")),
+        (contract_fwd, ("a_mask",)),
+        (contract_bwd, ("a_mask", "b_mask")),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "-".join(value),
+)
+def test_operands_may_be_absent(targets, call, absent):
+    assert refused_operands(call, **dict.fromkeys(absent)) == [0]
 
 
 @pytest.mark.parametrize(

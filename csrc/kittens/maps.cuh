@@ -48,6 +48,18 @@ struct warp_maps {
     bin_map<base_ops::mul>(dst, lhs, float2{rhs, rhs});
   }
 
+  template <register_tile Tile>
+  static __device__ void zero(Tile& dst) {
+#pragma unroll
+    for (int i = 0; i < Tile::height; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) dst.tiles[i][j].data[k] = {};
+      }
+    }
+  }
+
   template <typename Op, register_tile Tile>
   static __device__ void unary_map(Tile& dst, const Tile& src) {
 #pragma unroll

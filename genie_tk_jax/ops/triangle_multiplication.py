@@ -30,7 +30,7 @@ def _op(z, mask, weights, direction, residual, epsilon, implementation):
 
 def _op_forward(z, mask, weights, direction, residual, epsilon, implementation):
     a, b = _project(z, mask, weights, epsilon, implementation)
-    t = contract.forward(a, b, direction=direction, implementation=implementation)
+    t = contract.forward(a, b, mask, direction=direction, implementation=implementation)
     out = gated_output.forward(
         (z, t, mask),
         _pick(weights, gated_output.GROUPS),
@@ -59,7 +59,7 @@ def _op_backward(direction, residual, epsilon, implementation, residuals, d_out)
     )
     # a and b are twice the size of z: cheaper to make again than to keep.
     a, b = _project(z, mask, weights, epsilon, implementation)
-    da, db = contract.backward(a, b, dt, direction=direction, implementation=implementation)
+    da, db = contract.backward(a, b, dt, mask, direction=direction, implementation=implementation)
     dz_projection, d_projection = gated_projection.backward(
         (z, mask, da, db),
         _pick(weights, gated_projection.GROUPS),
