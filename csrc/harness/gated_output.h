@@ -208,7 +208,7 @@ class Problem {
     return times[kRepeats / 2];
   }
 
- private:
+ protected:
   template <typename P>
   void Allocate(P** to, int64_t bytes) {
     Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");

@@ -38,7 +38,7 @@ struct Shape {
   static constexpr bool kInPlace = std::is_same_v<T, Contracted>;  // y over t
   static constexpr int kMains = kInPlace ? 2 : 1;
   static constexpr int kThreads = (kMains + 2) * WARPGROUP_THREADS;
-  static constexpr int kMainRegisters = kMains == 2 ? 104 : 200, kSummerRegisters = 152;
+  static constexpr int kMainRegisters = kMains == 2 ? 96 : 200, kSummerRegisters = 160;
   static_assert(kMains * kMainRegisters + 2 * kSummerRegisters <= 512);
   static constexpr int kStages = kMains + 1, kHiddenStages = kMains + 1;
   static constexpr int kTurns = (kStages + kMains - 1) / kMains * kMains;
@@ -192,18 +192,23 @@ __device__ inline void NormDerivative(Sums& d, int j, const Base& normal, const 
   }
 }
 
-// A thread's share of the sums over a tile's pairs of two columns.
+// A thread's share of the sums over a tile's pairs of two columns. Rows of one remainder by 8 have
+// their chunks at one place.
 template <typename Tile>
 __device__ inline void AddColumns(float2& sum, const Tile& tile) {
   constexpr int kParts = 256 / Tile::cols, kRows = kPairs / kParts;
   const int column = warpgroup::laneid() % (Tile::cols / 2) * 2;
   const int first = warpgroup::laneid() / (Tile::cols / 2) * kRows;
   using T2 = typename base_types::packing<typename Tile::T>::packed_type;
-#pragma unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    const float2 pair = Unpack(*reinterpret_cast<const T2*>(&tile[{first + i, column}]));
-    sum.x += pair.x;
-    sum.y += pair.y;
+#pragma unroll 2
+  for (int remainder = 0; remainder < 8; ++remainder) {
+    const auto* from = reinterpret_cast<const T2*>(&tile[int2{first + remainder, column}]);
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float2 pair = Unpack(from[i * 8 * kColumns / 2]);
+      sum.x += pair.x;
+      sum.y += pair.y;
+    }
   }
 }
 

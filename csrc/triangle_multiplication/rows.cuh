@@ -41,12 +41,26 @@ struct Columns {
   __device__ const float2& of(int k) const { return halves[k / 2]; }
 };
 
+// Has the compiler unpack a 16-bit tile again in the next pass over it rather than keep floats.
+template <typename Tile>
+__device__ inline void Forget(Tile& tile) {
+  if constexpr (sizeof(typename Tile::dtype) == 4) {
+#pragma unroll
+    for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        asm volatile("" : "+r"(reinterpret_cast<unsigned&>(tile.tiles[0][j].data[k])));
+      }
+    }
+  }
+}
+
 // Mean and 1 / deviation of the rows lane / 4 and lane / 4 + 8, two passes in float32.
 struct Moments {
   float mean[2], scale[2];
 };
-template <typename Tile>
-__device__ inline Moments MomentsOf(const Tile& tile, float epsilon) {
+template <bool kForget = false, typename Tile>
+__device__ inline Moments MomentsOf(Tile& tile, float epsilon) {
   Moments m;
   float sum[2] = {}, square[2] = {};
 #pragma unroll
@@ -59,6 +73,7 @@ __device__ inline Moments MomentsOf(const Tile& tile, float epsilon) {
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) m.mean[i] = RowTotal(sum[i]) * (1.f / Tile::cols);
+  if constexpr (kForget) Forget(tile);
 #pragma unroll
   for (int j = 0; j < Tile::width; ++j) {
 #pragma unroll
@@ -72,6 +87,7 @@ __device__ inline Moments MomentsOf(const Tile& tile, float epsilon) {
   for (int i = 0; i < 2; ++i) {
     m.scale[i] = rsqrtf(RowTotal(square[i]) * (1.f / Tile::cols) + epsilon);
   }
+  if constexpr (kForget) Forget(tile);
   return m;
 }
 
@@ -96,8 +112,8 @@ __device__ inline void Normalize(X& x, const Z& z, const Moments& m,
 
 // x = (z - mean) / deviation, rounded once; z may be x. `scale` becomes 1 / deviation.
 template <typename X, typename Z>
-__device__ inline void Standardize(X& x, const Z& z, float (&scale)[2], float epsilon) {
-  const Moments m = MomentsOf(z, epsilon);
+__device__ inline void Standardize(X& x, Z& z, float (&scale)[2], float epsilon) {
+  const Moments m = MomentsOf<true>(z, epsilon);
 #pragma unroll
   for (int i = 0; i < 2; ++i) scale[i] = m.scale[i];
 #pragma unroll
