@@ -37,6 +37,55 @@ def gated_projection_fwd(**changes):
     )
 
 
+def pair_attention_fwd(**changes):
+    batch, rows, queries, keys, padded, heads, channels = 2, 3, 4, 5, 8, 2, 32
+    operands = {
+        "q": np.zeros((batch, rows, queries, heads, channels), jnp.bfloat16),
+        "k": np.zeros((batch, rows, keys, heads, channels), jnp.bfloat16),
+        "v": np.zeros((batch, rows, keys, heads, channels), jnp.bfloat16),
+        "bias": np.zeros((batch, heads, queries, padded), jnp.bfloat16),
+        "mask": np.zeros((batch, rows, keys), np.bool_),
+    }
+    results = (
+        jax.ShapeDtypeStruct(operands["q"].shape, jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch, rows, heads, queries), jnp.float32),
+    )
+    attributes = {"folded": False}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return _ffi.call("genie_pair_attention_fwd", results, *operands.values(), **attributes)
+
+
+def gated_projection_bwd(**changes):
+    batch, rows, columns, padded, channels, width, parts = 2, 3, 5, 8, 128, 128, 4
+    pairs = np.zeros((batch, rows, columns, channels), jnp.bfloat16)
+    gradient = np.zeros((batch, width // 2, padded, padded), jnp.bfloat16)
+    operands = {
+        "z": pairs,
+        "mask": np.zeros((batch, rows, columns), bool),
+        "da": gradient,
+        "db": gradient,
+        "dz_in": pairs,
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        "proj_kernel": np.zeros((channels, width), np.float32),
+        "gate_kernel": np.zeros((channels, width), np.float32),
+        "proj_bias": np.zeros(width, np.float32),
+        "gate_bias": np.zeros(width, np.float32),
+    }
+    operands |= changes
+    shapes = [(channels,)] * 2 + [(channels, width)] * 2 + [(width,)] * 2
+    shapes += [(parts, 2, channels + 1, width)]
+    results = [jax.ShapeDtypeStruct((batch, *shape), np.float32) for shape in shapes]
+    return _ffi.call(
+        "genie_gated_projection_bwd",
+        [jax.ShapeDtypeStruct(pairs.shape, jnp.bfloat16), *results],
+        *operands.values(),
+        aliases=None if operands["dz_in"] is None else {4: 0},
+        epsilon=1e-5,
+    )
+
+
 def _contraction(results, gradient, changes):
     edge = np.zeros((2, 3, 8, 16), jnp.bfloat16)
     mask = np.zeros((2, 5, 13), bool)
@@ -60,10 +109,55 @@ def contract_bwd(**changes):
     return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
 
 
+def _attention_stage(target, results, operands, attributes, changes):
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    results = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in results]
+    return _ffi.call(target, results, *operands.values(), **attributes)
+
+
+def attention_project_fwd(**changes):
+    batch, n, padded, channels, heads, width = 2, 5, 8, 128, 4, 32
+    operands = {
+        "z": np.zeros((batch, n, n, channels), jnp.bfloat16),
+        "mask": np.zeros((batch, n, n), bool),
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        **{f"{name}_kernel": np.zeros((channels, heads, width), np.float32) for name in "qkv"},
+        "bias_kernel": np.zeros((channels, heads), np.float32),
+    }
+    attended, bias = (batch, n, n, heads, width), (batch, heads, n, padded)
+    attributes = {"ending": False, "bias_as_z": False, "epsilon": 1e-5}
+    results = [attended, attended, attended, bias]
+    return _attention_stage("genie_attention_project_fwd", results, operands, attributes, changes)
+
+
+def attention_output_fwd(**changes):
+    batch, n, channels, heads, width = 2, 5, 128, 4, 32
+    operands = {
+        "o": np.zeros((batch, n, n, heads, width), jnp.bfloat16),
+        "z": np.zeros((batch, n, n, channels), jnp.bfloat16),
+        "mask": np.zeros((batch, n, n), bool),
+        "norm_scale": np.zeros(channels, np.float32),
+        "norm_bias": np.zeros(channels, np.float32),
+        "gate_kernel": np.zeros((channels, heads, width), np.float32),
+        "out_kernel": np.zeros((heads, width, channels), np.float32),
+        "gate_bias": np.zeros((heads, width), np.float32),
+        "out_bias": np.zeros(channels, np.float32),
+    }
+    attributes = {"ending": False, "residual": False, "epsilon": 1e-5}
+    results = [(batch, n, n, channels)]
+    return _attention_stage("genie_attention_output_fwd", results, operands, attributes, changes)
+
+
 CALLS = {
     "genie_gated_projection_fwd": gated_projection_fwd,
+    "genie_pair_attention_fwd": pair_attention_fwd,
+    "genie_gated_projection_bwd": gated_projection_bwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
+    "genie_attention_project_fwd": attention_project_fwd,
+    "genie_attention_output_fwd": attention_output_fwd,
 }
 
 
@@ -101,13 +195,22 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
     [
         (gated_projection_fwd, ("mask",)),
         (gated_projection_fwd, ("proj_bias", "gate_bias")),
+        (gated_projection_bwd, ("mask", "dz_in")),
         (contract_fwd, ("a_mask",)),
         (contract_bwd, ("a_mask", "b_mask")),
+        (attention_project_fwd, ("mask",)),
+        (attention_output_fwd, ("mask",)),
+        (attention_output_fwd, ("gate_bias", "out_bias")),
     ],
     ids=lambda value: value.__name__ if callable(value) else "-".join(value),
 )
 def test_operands_may_be_absent(targets, call, absent):
     assert refused_operands(call, **dict.fromkeys(absent)) == [0]
+
+
+@pytest.mark.parametrize("absent", ["bias", "mask"])
+def test_operands_of_attention_may_be_absent(targets, absent):
+    assert refused_operands(pair_attention_fwd, **{absent: None}) == [0]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +226,10 @@ def test_operands_may_be_absent(targets, call, absent):
 )
 def test_the_contract_test_can_fail(targets, changes, refused):
     assert refused_operands(gated_projection_fwd, **changes) == [0, refused]
+
+
+def test_an_attribute_of_attention_is_bool(targets):
+    assert refused_operands(pair_attention_fwd, folded=1.0) == [0, 8]
 
 
 @pytest.mark.parametrize("enable_x64", [False, True])
@@ -158,3 +265,19 @@ def test_a_handler_refuses_in_words_and_lives_on(targets, changes, message):
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(jax.jit(lambda: gated_projection_fwd(**changes))())
     jax.block_until_ready(jax.jit(gated_projection_fwd)())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": np.zeros((2, 3, 5), np.float32)}, "mask must be bool or uint8"),
+        ({"bias": np.zeros((2, 2, 4, 8), np.float32)}, "k, v, bias and o must have q's dtype"),
+        ({"bias": np.zeros((2, 2, 4, 5), jnp.bfloat16)}, r"bias must have shape \[2, 2, 4, 8\]"),
+    ],
+    ids=["mask", "bias-dtype", "bias-shape"],
+)
+def test_attention_refuses_in_words_and_lives_on(targets, changes, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.jit(lambda: pair_attention_fwd(**changes))())
+    jax.block_until_ready(jax.jit(pair_attention_fwd)())

@@ -9,6 +9,16 @@ __device__ inline void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Writes to where block `rank` of the cluster has what this block has at `to`.
+__device__ inline void StoreRemote(uint4* to, int rank, uint4 value) {
+  const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  uint32_t remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x),
+               "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
 // Keeps the compiler from reading an accumulator before the wait that precedes this call.
 template <typename Tile>
 __device__ inline void Pin(Tile& tile) {
@@ -54,6 +64,14 @@ __device__ inline void KeepRows(Tile& tile, const unsigned (&keep)[2]) {
       pair = keep[k % 2] ? pair : 0u;
     }
   }
+}
+
+// The sum of x over the lanes that share a row, `lanes` neighbours.
+template <int lanes = 4>
+__device__ inline float RowSum(float x) {
+#pragma unroll
+  for (int apart = 1; apart < lanes; apart *= 2) x += __shfl_xor_sync(~0u, x, apart);
+  return x;
 }
 
 // x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,

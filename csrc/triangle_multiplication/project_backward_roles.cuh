@@ -1,0 +1,434 @@
+// What each warpgroup of the gated projection's backward does with its tiles of pairs.
+//   Gate, one of them, multiplies x by the weights, makes dp in place of da or db, and ds, and from
+//     its registers dx = dp Wp' + ds Wg'; every other tile it adds the other block's part of dx and
+//     goes back through LayerNorm, for the rest it gives its part away.
+//   Sum, two of them, add x^T dp and x^T ds to their registers, and the column sums; meanwhile they
+//     normalise z two tiles ahead, in place, and refill the rings.
+//
+// x has unit variance here: the norm's scale is folded into the weights and its bias into theirs.
+// The weights are halved, so that with t = tanh(gate) and p = proj, 2 dp = da (1 + t) and
+// 2 ds = da p (1 - t^2), exact but for fp16 subnormals. All products take 2 dp and 2 ds; the
+// reduction halves the sums.
+#pragma once
+
+#include "kittens.cuh"
+#include "kittens/extensions.cuh"
+#include "triangle_multiplication/project_backward_sm90.h"
+
+namespace genie {
+
+using namespace kittens;
+
+constexpr int kPairs = 64;   // of a tile: the rows of one WGMMA
+constexpr int kHidden = 64;  // hidden columns of a chunk
+constexpr int kChunks = 2;   // of a block: its x^T dp and x^T ds fill half of the registers
+constexpr int kSlice = kChunks * kHidden;
+
+template <typename T, int C>
+struct BackwardShape {
+  static constexpr int kThreads = 3 * WARPGROUP_THREADS;
+  static constexpr int kSumThreads = 2 * WARPGROUP_THREADS, kSumWarps = 2 * WARPGROUP_WARPS;
+  static constexpr int kGateRegisters = 168, kSumRegisters = 168;
+  static_assert(kGateRegisters + 2 * kSumRegisters <= 504);  // 168 for each of 384 threads
+  static constexpr int kStages = 4;  // of x: loading, ready, in Gate and in Sum
+  static constexpr int kTurns = 3;   // of dp: loading as da or db, in Gate and in Sum
+
+  using Pairs = st<T, kPairs, C>;
+  using Weight = st<T, C, kHidden>;
+  using Chunk = st<T, kHidden, kPairs>;
+  using Gradient = st<T, kSlice, kPairs>;
+
+  struct Shared {
+    struct {
+      Weight gate, proj;
+    } weight[kChunks];
+    Pairs x[kStages];  // z, then x
+    union {
+      struct {
+        Chunk proj[kTurns][kChunks];  // da or db, then 2 dp
+        Chunk gate[2][kChunks];       // 2 ds
+      } gradient;
+      float scratch[2][kThreads / 16][kSlice];
+    };
+    Pairs dz;  // the other block's part of dx, as its threads hold it, then dz
+    sv_fl<2 * kHidden> bias[kChunks];          // gate, proj
+    float inverse_deviation[kStages][kPairs];  // zero where masked
+    semaphore z_arrived[kStages], x_ready[kStages], x_left[kStages];
+    semaphore upstream_arrived[kTurns], gradient_ready[kTurns], gradient_left[kTurns];
+    semaphore part_arrived, part_left;
+  };
+  static_assert(sizeof(Shared) <= MAX_SHARED_MEMORY);
+};
+
+template <typename T, int C>
+struct BackwardGlobals {
+  using S = BackwardShape<T, C>;
+  using PairTensor = gl<T, 1, -1, -1, C, typename S::Pairs>;  // [1, B I, K, C]
+  using Upstream = gl<T, -1, -1, -1, -1, tma::descriptor<typename S::Chunk, dim::DEPTH>>;
+  PairTensor z, dz;
+  Upstream da, db;  // [B, Hm, Ip, Kp]
+  GatedProjectionBackward given;
+  int tiles, column_tiles;  // of one batch entry, and of one row
+  int first_slice;          // of the hidden columns, that of the first block of a cluster
+  bool adds;                // dz holds what this adds to
+};
+
+// A block's work: tiles first, first + step, ... of one batch entry, for one slice of the hidden
+// columns. The `members` blocks that share the tiles finish them in turn.
+struct Share {
+  int batch, first, step, count, members, rank, slice;
+  __device__ bool finishes(int n) const { return n % members == rank; }
+};
+
+struct Position {
+  int batch, row, any_row, column_tile;
+};
+
+// dz = (dx - mean(dx) - x mean(x dx)) / deviation of a warp's 16 rows, dx being the gradient of x.
+template <typename T, int C>
+__device__ inline void LayerNormBackward(st<T, kPairs, C>& dz, st<T, kPairs, C>& x,
+                                         rt_fl<16, C>& dx,
+                                         const float (&inverse_deviation)[kPairs]) {
+  const int warp = warpgroup::warpid(), row = 16 * warp + laneid() / 4;
+  rt_fl<16, 16> values;
+  float mean[2] = {}, along[2] = {};
+#pragma unroll
+  for (int j = 0; j < C / 16; ++j) {
+    warp::load(values, x.template subtile<16, 16>({warp, j}));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
+      mean[k % 2] += d.x + d.y;
+      along[k % 2] += d.x * v.x + d.y * v.y;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    mean[i] = RowSum(mean[i]) * (1.f / C), along[i] = RowSum(along[i]) * (1.f / C);
+  }
+  const float scale[2] = {inverse_deviation[row], inverse_deviation[row + 8]};
+#pragma unroll
+  for (int j = 0; j < C / 16; ++j) {
+    warp::load(values, x.template subtile<16, 16>({warp, j}));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = k % 2;
+      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
+      values.tiles[0][0].data[k] = {scale[i] * (d.x - mean[i] - v.x * along[i]),
+                                    scale[i] * (d.y - mean[i] - v.y * along[i])};
+    }
+    auto block = dz.template subtile<16, 16>({warp, j});
+    warp::store(block, values);
+  }
+  FenceAsyncProxy();
+}
+
+template <typename T, int C>
+struct Block {
+  using S = BackwardShape<T, C>;
+  using Packed = typename base_types::packing<T>::packed_type;
+  using Narrow = base_types::convertor<Packed, float2>;
+  using Wide = base_types::convertor<float2, Packed>;
+  typename S::Shared& shared;
+  const BackwardGlobals<T, C>& g;
+  const Share& share;
+
+  __device__ Position Locate(int n) const {
+    const int tile = share.first + n * share.step, row = tile / g.column_tiles;
+    return {share.batch, row, static_cast<int>(share.batch * g.given.forward.rows) + row,
+            tile % g.column_tiles};
+  }
+
+  // Whether row `row` of tile n is a valid pair.
+  __device__ unsigned Valid(const Position& at, int row) const {
+    const GatedProjection& p = g.given.forward;
+    const int column = kPairs * at.column_tile + row;
+    if (column >= p.columns) return 0;
+    return p.mask ? __ldg(p.mask + int64_t{at.any_row} * p.columns + column) : 1;
+  }
+
+  // One thread asks for z of tile n, or for its da or db.
+  __device__ void LoadPairs(int n) const {
+    const Position at = Locate(n);
+    auto& arrived = shared.z_arrived[n % S::kStages];
+    tma::expect(arrived, shared.x[n % S::kStages]);
+    tma::load_async(shared.x[n % S::kStages], g.z, {at.any_row, at.column_tile, 0}, arrived);
+  }
+  __device__ void LoadUpstream(int n) const {
+    const Position at = Locate(n);
+    auto& arrived = shared.upstream_arrived[n % S::kTurns];
+    auto& chunks = shared.gradient.proj[n % S::kTurns];
+    const int half = g.given.forward.hidden / kHidden;
+    tma::expect(arrived, chunks);
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const int chunk = kChunks * share.slice + j;
+      const bool first = chunk < half;
+      tma::load_async<dim::DEPTH, NORMAL>(
+          chunks[j], first ? g.da : g.db,
+          {at.batch, first ? chunk : chunk - half, at.row, at.column_tile}, arrived);
+    }
+  }
+  // The same where tile n lay, once all have left it.
+  __device__ void Refill(int n) const {
+    if (n + S::kTurns >= share.count) return;
+    wait(shared.x_left[n % S::kStages], n / S::kStages % 2);
+    wait(shared.gradient_left[n % S::kTurns], n / S::kTurns % 2);
+    LoadUpstream(n + S::kTurns);
+    if (n + S::kStages < share.count) LoadPairs(n + S::kStages);
+  }
+
+  // Where this lane keeps 16-byte piece j of its part of dx: in the rows of dz that
+  // its own warp will write.
+  __device__ uint4* Piece(int j) const {
+    constexpr int kWarpPieces = 16 * 64 * sizeof(T) / sizeof(uint4);  // 16 rows of a column group
+    return reinterpret_cast<uint4*>(shared.dz.data) +
+           (j / 4 * WARPGROUP_WARPS + warpgroup::warpid()) * kWarpPieces + j % 4 * WARP_THREADS +
+           laneid();
+  }
+  // Gives this block's part of dx to the one that finishes tile n.
+  __device__ void Send(int n, const rt_fl<16, C>& dx) const {
+    tma::cluster::wait(shared.part_left, n / 2 % 2 ^ 1);
+#pragma unroll
+    for (int j = 0; j < C / 16; ++j) {
+      uint4 raw;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        reinterpret_cast<Packed*>(&raw)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
+      }
+      StoreRemote(Piece(j), share.rank ^ 1, raw);
+    }
+    warp::sync();
+    if (laneid() == 0) tma::cluster::arrive(shared.part_arrived, share.rank ^ 1);
+  }
+  __device__ void Receive(int n, rt_fl<16, C>& dx) const {
+    tma::cluster::wait(shared.part_arrived, n / 2 % 2);
+#pragma unroll
+    for (int j = 0; j < C / 16; ++j) {
+      const uint4 raw = *Piece(j);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        auto& d = dx.tiles[0][j].data[k];
+        d = base_ops::sum::op(d, Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]));
+      }
+    }
+    warp::sync();
+  }
+
+  // Once the last dz has left for global memory its place is free: for the other block's part.
+  __device__ void FreeUpdate() const {
+    if (warpgroup::laneid() == 0) {
+      tma::store_async_read_wait();
+      if (share.members > 1) tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+    }
+    if (share.members == 1) warpgroup::sync(1);
+  }
+  __device__ void Finish(int n, rt_fl<16, C>& dx) const {
+    if (share.members > 1) Receive(n, dx);
+    LayerNormBackward<T, C>(shared.dz, shared.x[n % S::kStages], dx,
+                            shared.inverse_deviation[n % S::kStages]);
+    warpgroup::sync(1);
+    if (warpgroup::laneid() == 0) {
+      const Position at = Locate(n);
+      if (g.adds) {
+        tma::store_add_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
+      } else {
+        tma::store_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
+      }
+    }
+  }
+
+  // 2 dp and 2 ds of 16 hidden columns, to shared memory as [hidden, pairs].
+  __device__ void GateBlock(int n, int chunk, int block, const rt_base<float, row_l>& gate,
+                            const rt_base<float, row_l>& proj, const unsigned (&valid)[2]) const {
+    auto proj_place = shared.gradient.proj[n % S::kTurns][chunk].template subtile<16, 16>(
+        {block, warpgroup::warpid()});
+    auto gate_place =
+        shared.gradient.gate[n % 2][chunk].template subtile<16, 16>({block, warpgroup::warpid()});
+    rt<T, 16, 16> upstream, dp, ds;
+    warp::load(Transposed(upstream), proj_place);
+    KeepRows(upstream, valid);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 d = Wide::convert(upstream.tiles[0][0].data[k]), p = proj.data[k];
+      const float2 t = Tanh::op(gate.data[k]), u = {d.x * p.x, d.y * p.y};
+      dp.tiles[0][0].data[k] = Narrow::convert({d.x + d.x * t.x, d.y + d.y * t.y});
+      ds.tiles[0][0].data[k] = Narrow::convert({u.x - u.x * t.x * t.x, u.y - u.y * t.y * t.y});
+    }
+    warp::store(proj_place, Transposed(dp));
+    warp::store(gate_place, Transposed(ds));
+  }
+
+  // Starts the products of a chunk, [gate, proj] of 64 columns each.
+  __device__ void Project(rt_fl<16, 2 * kHidden>& both, int n, int chunk) const {
+    row_vec<rt_fl<16, 2 * kHidden>> bias;
+    warp::load(bias, shared.bias[chunk]);
+    warp::broadcast_col(both, bias);
+    const auto& weights = reinterpret_cast<const st<T, C, 2 * kHidden>&>(shared.weight[chunk].gate);
+    warpgroup::mma_AB(both, shared.x[n % S::kStages], weights);
+  }
+
+  __device__ void Gate() const {
+    rt_fl<16, 2 * kHidden> both;
+    rt_fl<16, C> dx;
+    wait(shared.x_ready[0], 0);
+    Project(both, 0, 0);
+    for (int n = 0; n < share.count; ++n) {
+      unsigned valid[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        valid[i] = Valid(Locate(n), 16 * warpgroup::warpid() + laneid() / 4 + 8 * i);
+      }
+      wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
+      if (n >= 2) wait(shared.gradient_left[(n - 2) % S::kTurns], (n - 2) / S::kTurns % 2);
+      const auto gate = [&](int chunk) {
+        warpgroup::mma_async_wait();
+        Pin(both);
+#pragma unroll
+        for (int j = 0; j < kHidden / 16; ++j) {
+          GateBlock(n, chunk, j, both.tiles[0][j], both.tiles[0][kHidden / 16 + j], valid);
+        }
+        FenceAsyncProxy();
+        warpgroup::sync(1);
+      };
+      auto& proj = shared.gradient.proj[n % S::kTurns];
+      auto& gates = shared.gradient.gate[n % 2];
+      gate(0);
+      Project(both, n, 1);
+      warpgroup::mm_AtBt(dx, proj[0], shared.weight[0].proj);
+      warpgroup::mma_AtBt(dx, gates[0], shared.weight[0].gate);
+      gate(1);
+      if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % S::kTurns]);
+      warpgroup::mma_AtBt(dx, proj[1], shared.weight[1].proj);
+      warpgroup::mma_AtBt(dx, gates[1], shared.weight[1].gate);
+      // The last one multiplies what lies there, for nothing.
+      if (n + 1 < share.count) wait(shared.x_ready[(n + 1) % S::kStages], (n + 1) / S::kStages % 2);
+      Project(both, n + 1, 0);
+      warpgroup::mma_async_wait<1>();
+      Pin(dx);
+      if (share.finishes(n)) {
+        if (share.members == 1) FreeUpdate();
+        Finish(n, dx);
+      } else {
+        if (n > 0) FreeUpdate();
+        Send(n, dx);
+      }
+      warp::sync();
+      warp::arrive(shared.x_left[n % S::kStages]);
+    }
+    warpgroup::mma_async_wait();
+    warpgroup::tma::store_async_wait();
+  }
+
+  // x = (z - mean) / deviation in place of tile n by all Sum threads, eight lanes a row; zero in
+  // masked rows, whatever z holds there.
+  __device__ void Normalize(int n) const {
+    constexpr int kRowLanes = 8, kGroups = C / 64;
+    auto& tile = shared.x[n % S::kStages];
+    const int thread = threadIdx.x % S::kSumThreads;
+    const Position at = Locate(n);
+    wait(shared.z_arrived[n % S::kStages], n / S::kStages % 2);
+#pragma unroll
+    for (int row = thread / kRowLanes; row < kPairs; row += S::kSumThreads / kRowLanes) {
+      const unsigned valid = Valid(at, row);
+      uint4 raw[kGroups];
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        raw[i] = *reinterpret_cast<const uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]);
+      }
+      const auto pairs = reinterpret_cast<Packed*>(raw);
+      float mean = 0, variance = 0;
+#pragma unroll
+      for (int i = 0; i < 4 * kGroups; ++i) {
+        const float2 z = Wide::convert(pairs[i]);
+        mean += z.x + z.y;
+      }
+      mean = RowSum<kRowLanes>(mean) * (1.f / C);
+#pragma unroll
+      for (int i = 0; i < 4 * kGroups; ++i) {
+        const float2 z = Wide::convert(pairs[i]);
+        variance += (z.x - mean) * (z.x - mean) + (z.y - mean) * (z.y - mean);
+      }
+      variance = RowSum<kRowLanes>(variance) * (1.f / C);
+      const float scale = rsqrtf(variance + g.given.forward.epsilon);
+#pragma unroll
+      for (int i = 0; i < 4 * kGroups; ++i) {
+        const float2 z = Wide::convert(pairs[i]);
+        pairs[i] = Narrow::convert({(z.x - mean) * scale, (z.y - mean) * scale});
+      }
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        *reinterpret_cast<uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]) =
+            valid ? raw[i] : uint4{0, 0, 0, 0};
+      }
+      if (thread % kRowLanes == 0) {
+        shared.inverse_deviation[n % S::kStages][row] = valid ? scale : 0.f;
+      }
+    }
+    FenceAsyncProxy();
+    warp::sync();
+    warp::arrive(shared.x_ready[n % S::kStages]);
+  }
+
+  // The sum over a tile's pairs of one hidden column of a gradient.
+  __device__ float PairSum(const typename S::Chunk& gradient, int row) const {
+    float sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < kPairs / 8; ++i) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(&gradient[{row, 8 * i}]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]);
+        sums[0] += pair.x, sums[1] += pair.y;
+      }
+    }
+    return sums[0] + sums[1];
+  }
+
+  // The projection's gradients, or the gate's.
+  __device__ void Sum(bool of_gate) const {
+    using Channels = st<T, kPairs, 64>;  // a column group of x
+    rt_fl<16, kSlice> sums[C / 64] = {};
+    float total = 0;
+    for (int n = 0; n < 2 && n < share.count; ++n) Normalize(n);
+    for (int n = 0; n < share.count; ++n) {
+      const int turn = n % S::kTurns;
+      const auto* chunks = of_gate ? shared.gradient.gate[n % 2] : shared.gradient.proj[turn];
+      const auto& gradient = reinterpret_cast<const typename S::Gradient&>(chunks[0]);
+      const auto* x = reinterpret_cast<const Channels*>(&shared.x[n % S::kStages]);
+      wait(shared.gradient_ready[turn], n / S::kTurns % 2);
+#pragma unroll
+      for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
+      if (!of_gate && warpgroup::laneid() == 0 && n > 0) Refill(n - 1);
+      if (n + 2 < share.count) Normalize(n + 2);
+      total += PairSum(chunks[warpgroup::warpid() / 2], warpgroup::laneid() % 64);
+      warpgroup::mma_async_wait();
+      warp::sync();
+      warp::arrive(shared.gradient_left[turn]);
+    }
+#pragma unroll
+    for (int i = 0; i < C / 64; ++i) Pin(sums[i]);
+    Write(of_gate, sums, total);
+  }
+
+  __device__ void Write(bool of_gate, const rt_fl<16, kSlice> (&sums)[C / 64], float total) const {
+    const int64_t width = 2 * g.given.forward.hidden;
+    const int64_t part = (share.batch * g.given.parts + share.first) * 2 + of_gate;
+    float* to = g.given.partials + part * (C + 1) * width + kSlice * share.slice;
+#pragma unroll
+    for (int i = 0; i < C / 64; ++i) {
+#pragma unroll
+      for (int j = 0; j < kSlice / 16; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int row = 64 * i + 16 * warpgroup::warpid() + 8 * (k % 2) + laneid() / 4;
+          const int column = 16 * j + 8 * (k / 2) + 2 * (laneid() % 4);
+          *reinterpret_cast<float2*>(to + row * width + column) = sums[i].tiles[0][j].data[k];
+        }
+      }
+    }
+    to[C * width + warpgroup::laneid()] = total;
+  }
+};
+
+}  // namespace genie
