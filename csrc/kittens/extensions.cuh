@@ -9,14 +9,15 @@ __device__ inline void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Writes to where block `rank` of the cluster has what this block has at `to`.
-__device__ inline void StoreRemote(uint4* to, int rank, uint4 value) {
-  const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
+// Writes to where block `rank` of the cluster has what this block has at `to`, and counts the bytes
+// on its semaphore, whose completion makes them visible there.
+__device__ inline void StoreRemote(uint4* to, int rank, uint4 value, kittens::semaphore& arrived) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(kittens::detail::remote_address(to, rank)),
+      "r"(kittens::detail::remote_address(&arrived, rank)), "r"(value.x), "r"(value.y),
+      "r"(value.z), "r"(value.w)
+      : "memory");
 }
 
 // Keeps the compiler from reading an accumulator before the wait that precedes this call.
@@ -66,11 +67,10 @@ __device__ inline void KeepRows(Tile& tile, const unsigned (&keep)[2]) {
   }
 }
 
-// The sum of x over the lanes that share a row, `lanes` neighbours.
-template <int lanes = 4>
-__device__ inline float RowSum(float x) {
-#pragma unroll
-  for (int apart = 1; apart < lanes; apart *= 2) x += __shfl_xor_sync(~0u, x, apart);
+// The sum of x over the lanes whose numbers differ in these bits.
+template <int... bits>
+__device__ inline float SumOver(float x) {
+  ((x += __shfl_xor_sync(~0u, x, bits)), ...);
   return x;
 }
 
@@ -97,6 +97,14 @@ __device__ inline void LayerNorm(kittens::rt<T, 16, C>& x, kittens::rt_fl<16, C>
   warp::load(per_channel, bias);
   warp::add_col(z, z, per_channel);
   warp::copy(x, z);
+}
+
+// Tells the semaphore of block `rank` of the cluster that this thread has read what that block sent.
+// It carries nothing that this thread wrote: a release to the cluster waits for its writes to L2.
+__device__ inline void ArriveAsReader(kittens::semaphore& s, int rank) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(
+                   kittens::detail::remote_address(&s, rank))
+               : "memory");
 }
 
 }  // namespace genie

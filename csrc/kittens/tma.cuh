@@ -100,16 +100,24 @@ __device__ inline void load_async(Tile& to, const Global& from, const C& at, sem
 // tile has fenced the async proxy before the barrier that led here (genie::FenceAsyncProxy).
 template <int axis, cache_policy policy, typename Global, typename Tile, typename C = coord<Tile>>
 __device__ inline void store_async(const Global& to, const Tile& from, const C& at) {
-  static_assert(policy == NORMAL, "stores have no cache hint");
   const detail::origin box = detail::locate<axis, Tile>(at);
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
-      " [%0, {%2, %3, %4, %5, %6}], [%1];\n"
-      "cp.async.bulk.commit_group;" ::"l"(
-          reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>())),
-      "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
-      "r"(box.inner), "r"(box.outer)
-      : "memory");
+  const auto map = reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>());
+  const uint32_t shared = kittens::detail::shared_address(&from);
+  if constexpr (policy == NORMAL) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+        " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+        "r"(shared), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner), "r"(box.outer)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint"
+        " [%0, {%2, %3, %4, %5, %6}], [%1], %7;" ::"l"(map),
+        "r"(shared), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner), "r"(box.outer),
+        "l"(detail::l2_policy<policy>())
+        : "memory");
+  }
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 template <typename Global, typename Tile, typename C = coord<Tile>>
 __device__ inline void store_async(const Global& to, const Tile& from, const C& at) {

@@ -14,6 +14,9 @@
 #include "kittens/extensions.cuh"
 #include "triangle_multiplication/contract_sm90.h"
 
+#ifndef POLICY
+#define POLICY NORMAL
+#endif
 #ifndef SUPER
 #define SUPER 16
 #endif
@@ -170,7 +173,7 @@ __device__ void Release(semaphore& finished) {
   if constexpr (kCluster == 1) {
     warp::arrive(finished);
   } else {
-    if (laneid() < kCluster) tma::cluster::arrive(finished, laneid());
+    if (laneid() < kCluster) ArriveAsReader(finished, laneid());
   }
 }
 
@@ -226,7 +229,7 @@ __device__ void Store(const O& o, const Place& at, int row_tile, Sums& sums, boo
         FenceAsyncProxy();
         warp::sync();
       }
-      warp::tma::store_async<dim::ROW, NORMAL>(
+      warp::tma::store_async<dim::ROW, POLICY>(
           o.out, buffer, {0, at.batch, row, Sums::cols / kBlock * at.column + block});
     }
   } else {
@@ -270,7 +273,7 @@ __global__ __cluster_dims__(S::kCluster)
         const auto& o = g.operations[at.operation];
         for (int first = 0; first < o.steps; first += WARP_THREADS) {
           for (unsigned live = LiveSteps<S>(o, at, first); live; live &= live - 1) {
-            tma::cluster::wait(shared.finished[turn.stage], turn.parity ^ 1);
+            wait(shared.finished[turn.stage], turn.parity ^ 1);
             if (laneid() == 0) Load<S>(o, at, rank, first + __ffs(live) - 1, shared, turn.stage);
             turn.Advance();
           }
@@ -341,7 +344,7 @@ TileShape Best(const Contraction& c, int processors) {
         c.batch * c.channels * (Tiles(c.products[0], shape) + Tiles(c.products[1], shape));
     const int64_t at_once = processors / shape.cluster;
     const int64_t cost =
-        (tiles + at_once - 1) / at_once * (shape.columns + 80) * (shape.cluster > 1 ? 19 : 20);
+        (tiles + at_once - 1) / at_once * (shape.columns + 80) * (shape.cluster > 1 ? 21 : 20);
     if (least == 0 || cost < least) best = shape, least = cost;
   }
   return best;
@@ -393,7 +396,11 @@ cudaError_t LaunchFor(const Contraction& c, int processors, cudaStream_t stream)
         .tiles_of_first = static_cast<int>(first),
         .tiles_of_both = static_cast<int>(both),
         .tiles = static_cast<int>(matrices * both)};
-    const int blocks = kCluster * std::min(globals.tiles, processors / kCluster);
+    int at_once = processors / kCluster;
+#ifdef ALIGN
+    if (both <= at_once) at_once -= at_once % both;
+#endif
+    const int blocks = kCluster * std::min(globals.tiles, at_once);
     kernel<<<blocks, kThreads, kShared, stream>>>(globals);
   } catch (const std::runtime_error&) {  // a stride or a size is beyond TMA
     return cudaErrorInvalidValue;

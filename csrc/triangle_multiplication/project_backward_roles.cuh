@@ -1,9 +1,9 @@
 // What each warpgroup of the gated projection's backward does with its tiles of pairs.
 //   Gate, one of them, multiplies x by the weights, makes dp in place of da or db, and ds, and from
-//     its registers dx = dp Wp' + ds Wg'; every other tile it adds the other block's part of dx and
-//     goes back through LayerNorm, for the rest it gives its part away.
-//   Sum, two of them, add x^T dp and x^T ds to their registers, and the column sums; meanwhile they
-//     normalise z two tiles ahead, in place, and refill the rings.
+//     them dx = dp Wp' + ds Wg', of which it hands on half of the rows to the other block.
+//   Sum, two of them, add x^T dp and x^T ds to their registers, and the column sums; they normalise
+//     z two tiles ahead, in place, go back through LayerNorm with both parts of dx, in place of x,
+//     and refill the rings.
 //
 // x has unit variance here: the norm's scale is folded into the weights and its bias into theirs.
 // The weights are halved, so that with t = tanh(gate) and p = proj, 2 dp = da (1 + t) and
@@ -37,6 +37,7 @@ struct BackwardShape {
   using Weight = st<T, C, kHidden>;
   using Chunk = st<T, kHidden, kPairs>;
   using Gradient = st<T, kSlice, kPairs>;
+  using Half = st<T, kPairs / 2, 64>;  // of a column group of x, which then holds dz
 
   struct Shared {
     struct {
@@ -50,12 +51,14 @@ struct BackwardShape {
       } gradient;
       float scratch[2][kThreads / 16][kSlice];
     };
-    Pairs dz;  // the other block's part of dx, as its threads hold it, then dz
+    // dx as Gate's threads hold it, by its warps: two warps' rows and then the other block's part
+    // of them, or all four warps' rows where there is no other block.
+    uint4 dx[WARPGROUP_WARPS][C / 16][WARP_THREADS];
     sv_fl<2 * kHidden> bias[kChunks];          // gate, proj
     float inverse_deviation[kStages][kPairs];  // zero where masked
-    semaphore z_arrived[kStages], x_ready[kStages], x_left[kStages];
-    semaphore upstream_arrived[kTurns], gradient_ready[kTurns], gradient_left[kTurns];
-    semaphore part_arrived, part_left;
+    semaphore z_arrived[kStages], x_ready[kStages], upstream_arrived[kTurns], gradient_ready[2];
+    semaphore dx_ready, dx_left;        // of this block
+    semaphore part_arrived, part_left;  // part of the other's dx here, of this one's there
   };
   static_assert(sizeof(Shared) <= MAX_SHARED_MEMORY);
 };
@@ -65,7 +68,8 @@ struct BackwardGlobals {
   using S = BackwardShape<T, C>;
   using PairTensor = gl<T, 1, -1, -1, C, typename S::Pairs>;  // [1, B I, K, C]
   using Upstream = gl<T, -1, -1, -1, -1, tma::descriptor<typename S::Chunk, dim::DEPTH>>;
-  PairTensor z, dz;
+  PairTensor z;
+  gl<T, 1, -1, -1, C, typename S::Half> dz;
   Upstream da, db;  // [B, Hm, Ip, Kp]
   GatedProjectionBackward given;
   int tiles, column_tiles;  // of one batch entry, and of one row
@@ -74,54 +78,14 @@ struct BackwardGlobals {
 };
 
 // A block's work: tiles first, first + step, ... of one batch entry, for one slice of the hidden
-// columns. The `members` blocks that share the tiles finish them in turn.
+// columns. Of two members that share the tiles, each finishes half of the rows.
 struct Share {
   int batch, first, step, count, members, rank, slice;
-  __device__ bool finishes(int n) const { return n % members == rank; }
 };
 
 struct Position {
   int batch, row, any_row, column_tile;
 };
-
-// dz = (dx - mean(dx) - x mean(x dx)) / deviation of a warp's 16 rows, dx being the gradient of x.
-template <typename T, int C>
-__device__ inline void LayerNormBackward(st<T, kPairs, C>& dz, st<T, kPairs, C>& x,
-                                         rt_fl<16, C>& dx,
-                                         const float (&inverse_deviation)[kPairs]) {
-  const int warp = warpgroup::warpid(), row = 16 * warp + laneid() / 4;
-  rt_fl<16, 16> values;
-  float mean[2] = {}, along[2] = {};
-#pragma unroll
-  for (int j = 0; j < C / 16; ++j) {
-    warp::load(values, x.template subtile<16, 16>({warp, j}));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
-      mean[k % 2] += d.x + d.y;
-      along[k % 2] += d.x * v.x + d.y * v.y;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    mean[i] = RowSum(mean[i]) * (1.f / C), along[i] = RowSum(along[i]) * (1.f / C);
-  }
-  const float scale[2] = {inverse_deviation[row], inverse_deviation[row + 8]};
-#pragma unroll
-  for (int j = 0; j < C / 16; ++j) {
-    warp::load(values, x.template subtile<16, 16>({warp, j}));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int i = k % 2;
-      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
-      values.tiles[0][0].data[k] = {scale[i] * (d.x - mean[i] - v.x * along[i]),
-                                    scale[i] * (d.y - mean[i] - v.y * along[i])};
-    }
-    auto block = dz.template subtile<16, 16>({warp, j});
-    warp::store(block, values);
-  }
-  FenceAsyncProxy();
-}
 
 template <typename T, int C>
 struct Block {
@@ -169,73 +133,36 @@ struct Block {
           {at.batch, first ? chunk : chunk - half, at.row, at.column_tile}, arrived);
     }
   }
-  // The same where tile n lay, once all have left it.
+  // The same where tile n lay, for the thread that stored its dz.
   __device__ void Refill(int n) const {
-    if (n + S::kTurns >= share.count) return;
-    wait(shared.x_left[n % S::kStages], n / S::kStages % 2);
-    wait(shared.gradient_left[n % S::kTurns], n / S::kTurns % 2);
-    LoadUpstream(n + S::kTurns);
-    if (n + S::kStages < share.count) LoadPairs(n + S::kStages);
-  }
-
-  // Where this lane keeps 16-byte piece j of its part of dx: in the rows of dz that
-  // its own warp will write.
-  __device__ uint4* Piece(int j) const {
-    constexpr int kWarpPieces = 16 * 64 * sizeof(T) / sizeof(uint4);  // 16 rows of a column group
-    return reinterpret_cast<uint4*>(shared.dz.data) +
-           (j / 4 * WARPGROUP_WARPS + warpgroup::warpid()) * kWarpPieces + j % 4 * WARP_THREADS +
-           laneid();
-  }
-  // Gives this block's part of dx to the one that finishes tile n.
-  __device__ void Send(int n, const rt_fl<16, C>& dx) const {
-    tma::cluster::wait(shared.part_left, n / 2 % 2 ^ 1);
-#pragma unroll
-    for (int j = 0; j < C / 16; ++j) {
-      uint4 raw;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        reinterpret_cast<Packed*>(&raw)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
-      }
-      StoreRemote(Piece(j), share.rank ^ 1, raw);
-    }
-    warp::sync();
-    if (laneid() == 0) tma::cluster::arrive(shared.part_arrived, share.rank ^ 1);
-  }
-  __device__ void Receive(int n, rt_fl<16, C>& dx) const {
-    tma::cluster::wait(shared.part_arrived, n / 2 % 2);
-#pragma unroll
-    for (int j = 0; j < C / 16; ++j) {
-      const uint4 raw = *Piece(j);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        auto& d = dx.tiles[0][j].data[k];
-        d = base_ops::sum::op(d, Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]));
-      }
-    }
-    warp::sync();
-  }
-
-  // Once the last dz has left for global memory its place is free: for the other block's part.
-  __device__ void FreeUpdate() const {
-    if (warpgroup::laneid() == 0) {
+    if (n + S::kTurns < share.count) LoadUpstream(n + S::kTurns);
+    if (n + S::kStages < share.count) {
       tma::store_async_read_wait();
-      if (share.members > 1) tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+      LoadPairs(n + S::kStages);
     }
-    if (share.members == 1) warpgroup::sync(1);
   }
-  __device__ void Finish(int n, rt_fl<16, C>& dx) const {
-    if (share.members > 1) Receive(n, dx);
-    LayerNormBackward<T, C>(shared.dz, shared.x[n % S::kStages], dx,
-                            shared.inverse_deviation[n % S::kStages]);
-    warpgroup::sync(1);
-    if (warpgroup::laneid() == 0) {
-      const Position at = Locate(n);
-      if (g.adds) {
-        tma::store_add_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
+
+  // Hands a warp's 16 rows of dx to the Sum warps of the block that finishes them.
+  __device__ void HandOver(int n, const rt_fl<16, C>& dx) const {
+    const int warp = warpgroup::warpid();
+    const bool here = share.members == 1 || warp / 2 == share.rank;
+    auto& pieces = shared.dx[share.members == 1 ? warp : here ? warp % 2 : 2 + warp % 2];
+    if (n > 0) wait(here ? shared.dx_left : shared.part_left, (n - 1) % 2);
+#pragma unroll
+    for (int j = 0; j < C / 16; ++j) {
+      uint4 piece;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        reinterpret_cast<Packed*>(&piece)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
+      }
+      if (here) {
+        pieces[j][laneid()] = piece;
       } else {
-        tma::store_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
+        StoreRemote(&pieces[j][laneid()], share.rank ^ 1, piece, shared.part_arrived);
       }
     }
+    warp::sync();
+    warp::arrive(shared.dx_ready);
   }
 
   // 2 dp and 2 ds of 16 hidden columns, to shared memory as [hidden, pairs].
@@ -280,7 +207,6 @@ struct Block {
         valid[i] = Valid(Locate(n), 16 * warpgroup::warpid() + laneid() / 4 + 8 * i);
       }
       wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
-      if (n >= 2) wait(shared.gradient_left[(n - 2) % S::kTurns], (n - 2) / S::kTurns % 2);
       const auto gate = [&](int chunk) {
         warpgroup::mma_async_wait();
         Pin(both);
@@ -298,7 +224,7 @@ struct Block {
       warpgroup::mm_AtBt(dx, proj[0], shared.weight[0].proj);
       warpgroup::mma_AtBt(dx, gates[0], shared.weight[0].gate);
       gate(1);
-      if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % S::kTurns]);
+      if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % 2]);
       warpgroup::mma_AtBt(dx, proj[1], shared.weight[1].proj);
       warpgroup::mma_AtBt(dx, gates[1], shared.weight[1].gate);
       // The last one multiplies what lies there, for nothing.
@@ -306,18 +232,9 @@ struct Block {
       Project(both, n + 1, 0);
       warpgroup::mma_async_wait<1>();
       Pin(dx);
-      if (share.finishes(n)) {
-        if (share.members == 1) FreeUpdate();
-        Finish(n, dx);
-      } else {
-        if (n > 0) FreeUpdate();
-        Send(n, dx);
-      }
-      warp::sync();
-      warp::arrive(shared.x_left[n % S::kStages]);
+      HandOver(n, dx);
     }
     warpgroup::mma_async_wait();
-    warpgroup::tma::store_async_wait();
   }
 
   // x = (z - mean) / deviation in place of tile n by all Sum threads, eight lanes a row; zero in
@@ -343,13 +260,13 @@ struct Block {
         const float2 z = Wide::convert(pairs[i]);
         mean += z.x + z.y;
       }
-      mean = RowSum<kRowLanes>(mean) * (1.f / C);
+      mean = SumOver<1, 2, 4>(mean) * (1.f / C);
 #pragma unroll
       for (int i = 0; i < 4 * kGroups; ++i) {
         const float2 z = Wide::convert(pairs[i]);
         variance += (z.x - mean) * (z.x - mean) + (z.y - mean) * (z.y - mean);
       }
-      variance = RowSum<kRowLanes>(variance) * (1.f / C);
+      variance = SumOver<1, 2, 4>(variance) * (1.f / C);
       const float scale = rsqrtf(variance + g.given.forward.epsilon);
 #pragma unroll
       for (int i = 0; i < 4 * kGroups; ++i) {
@@ -385,6 +302,92 @@ struct Block {
     return sums[0] + sums[1];
   }
 
+  // dz = (dx - mean(dx) - x mean(x dx)) / deviation in place of x, for the rows `half` of tile n,
+  // by all Sum threads: sixteen lanes hold two rows as Gate's warps did.
+  __device__ void LayerNormBackward(int n, int half) const {
+    constexpr int kGroups = C / 64;
+    const int pair = threadIdx.x % S::kSumThreads / WARP_THREADS * 2 + laneid() / 4 % 2;
+    const int warp = pair / 8, lane = pair % 8 * 4 + laneid() % 4, block = laneid() / 8;
+    const int row = 32 * half + 16 * warp + pair % 8, column = 16 * block + 2 * (laneid() % 4);
+    auto& tile = shared.x[n % S::kStages];
+    const auto x = [&](int i, int k) -> Packed& {
+      return reinterpret_cast<Packed&>(tile[{row + 8 * (k % 2), 64 * i + column + 8 * (k / 2)}]);
+    };
+    float2 dx[kGroups][4];
+    float mean[2] = {}, along[2] = {};
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const bool both = share.members > 1;
+      const uint4 own = shared.dx[both ? warp : 2 * half + warp][4 * i + block][lane];
+      uint4 other = {0, 0, 0, 0};
+      if (both) other = shared.dx[2 + warp][4 * i + block][lane];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 d =
+            base_ops::sum::op(Wide::convert(reinterpret_cast<const Packed*>(&own)[k]),
+                              Wide::convert(reinterpret_cast<const Packed*>(&other)[k]));
+        const float2 v = Wide::convert(x(i, k));
+        mean[k % 2] += d.x + d.y, along[k % 2] += d.x * v.x + d.y * v.y;
+        dx[i][k] = d;
+      }
+    }
+    float scale[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      mean[e] = SumOver<1, 2, 8, 16>(mean[e]) * (1.f / C);
+      along[e] = SumOver<1, 2, 8, 16>(along[e]) * (1.f / C);
+      scale[e] = shared.inverse_deviation[n % S::kStages][row + 8 * e];
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 d = dx[i][k], v = Wide::convert(x(i, k));
+        const float m = mean[k % 2], a = along[k % 2], s = scale[k % 2];
+        x(i, k) = Narrow::convert({s * (d.x - m - v.x * a), s * (d.y - m - v.y * a)});
+      }
+    }
+  }
+
+  // One thread sends dz of tile n on its way and frees dx for the next.
+  __device__ void Store(int n) const {
+    const Position at = Locate(n);
+    for (int half = 0; half < 2; ++half) {
+      if (share.members > 1 && half != share.rank) continue;
+      for (int group = 0; group < C / 64; ++group) {
+        const auto& from = reinterpret_cast<const typename S::Half&>(
+            shared.x[n % S::kStages].data[64 * (kPairs * group + kPairs / 2 * half)]);
+        const coord<typename S::Half> to = {at.any_row, 2 * at.column_tile + half, group};
+        if (g.adds) {
+          tma::store_add_async(g.dz, from, to);
+        } else {
+          tma::store_async(g.dz, from, to);
+        }
+      }
+    }
+    arrive(shared.dx_left);
+    if (share.members > 1) {
+      ExpectPart();
+      tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+    }
+  }
+  __device__ void ExpectPart() const {
+    tma::expect_bytes(shared.part_arrived, sizeof(shared.dx) / 2);
+  }
+
+  __device__ void Finish(int n) const {
+    wait(shared.dx_ready, n % 2);
+    if (share.members > 1) {
+      wait(shared.part_arrived, n % 2);
+      LayerNormBackward(n, share.rank);
+    } else {
+      for (int half = 0; half < 2; ++half) LayerNormBackward(n, half);
+    }
+    FenceAsyncProxy();
+    group<S::kSumWarps>::sync(2);
+    if (threadIdx.x == 0) Store(n);
+  }
+
   // The projection's gradients, or the gate's.
   __device__ void Sum(bool of_gate) const {
     using Channels = st<T, kPairs, 64>;  // a column group of x
@@ -396,16 +399,17 @@ struct Block {
       const auto* chunks = of_gate ? shared.gradient.gate[n % 2] : shared.gradient.proj[turn];
       const auto& gradient = reinterpret_cast<const typename S::Gradient&>(chunks[0]);
       const auto* x = reinterpret_cast<const Channels*>(&shared.x[n % S::kStages]);
-      wait(shared.gradient_ready[turn], n / S::kTurns % 2);
+      wait(shared.gradient_ready[n % 2], n / 2 % 2);
 #pragma unroll
       for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
-      if (!of_gate && warpgroup::laneid() == 0 && n > 0) Refill(n - 1);
+      if (threadIdx.x == 0 && n > 0) Refill(n - 1);
       if (n + 2 < share.count) Normalize(n + 2);
       total += PairSum(chunks[warpgroup::warpid() / 2], warpgroup::laneid() % 64);
       warpgroup::mma_async_wait();
-      warp::sync();
-      warp::arrive(shared.gradient_left[turn]);
+      group<S::kSumWarps>::sync(2);  // both have multiplied x
+      Finish(n);
     }
+    if (threadIdx.x == 0) tma::store_async_wait();
 #pragma unroll
     for (int i = 0; i < C / 64; ++i) Pin(sums[i]);
     Write(of_gate, sums, total);

@@ -80,14 +80,12 @@ __device__ void InitSemaphores(typename BackwardShape<T, C>::Shared& shared) {
   for (int stage = 0; stage < S::kStages; ++stage) {
     init_semaphore(shared.z_arrived[stage], 0, 1);
     init_semaphore(shared.x_ready[stage], S::kSumWarps);
-    init_semaphore(shared.x_left[stage], WARPGROUP_WARPS);
   }
-  for (int turn = 0; turn < S::kTurns; ++turn) {
-    init_semaphore(shared.upstream_arrived[turn], 0, 1);
-    init_semaphore(shared.gradient_ready[turn], 1);
-    init_semaphore(shared.gradient_left[turn], S::kSumWarps);
-  }
-  init_semaphore(shared.part_arrived, WARPGROUP_WARPS);
+  for (auto& arrived : shared.upstream_arrived) init_semaphore(arrived, 0, 1);
+  for (auto& ready : shared.gradient_ready) init_semaphore(ready, 1);
+  init_semaphore(shared.dx_ready, WARPGROUP_WARPS);
+  init_semaphore(shared.dx_left, 1);
+  init_semaphore(shared.part_arrived, 0, 1);
   init_semaphore(shared.part_left, 1);
 }
 
@@ -107,6 +105,7 @@ __global__ __launch_bounds__(S::kThreads,
   if (loads) {
     InitSemaphores<T, C>(shared);
     for (int n = 0; n < S::kStages && n < count; ++n) block.LoadPairs(n);
+    block.ExpectPart();
   }
   FillParameters<T, C>(shared, g.given.forward, kSlice * share.slice);
   everyone::tma::cluster::sync();
