@@ -109,6 +109,46 @@ def contract_bwd(**changes):
     return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
 
 
+def _gated_output(changes, **more):
+    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 8, 128, 64
+    operands = {
+        "z": np.zeros((batch, rows, columns, channels), jnp.bfloat16),
+        "t": np.zeros((batch, hidden, padded, padded), jnp.bfloat16),
+        "mask": np.zeros((batch, rows, columns), bool),
+        **more,
+        "norm_in_scale": np.zeros(channels, np.float32),
+        "norm_in_bias": np.zeros(channels, np.float32),
+        "norm_out_scale": np.zeros(hidden, np.float32),
+        "norm_out_bias": np.zeros(hidden, np.float32),
+        "proj_kernel": np.zeros((hidden, channels), np.float32),
+        "gate_kernel": np.zeros((channels, channels), np.float32),
+        "proj_bias": np.zeros(channels, np.float32),
+        "gate_bias": np.zeros(channels, np.float32),
+    }
+    attributes = {"residual": True, "epsilon": 1e-5}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return operands, attributes
+
+
+def gated_output_fwd(**changes):
+    operands, attributes = _gated_output(changes)
+    result = jax.ShapeDtypeStruct((2, 3, 5, 128), jnp.bfloat16)
+    return _ffi.call("genie_gated_output_fwd", result, *operands.values(), **attributes)
+
+
+def gated_output_bwd(**changes):
+    operands, attributes = _gated_output(changes, d_out=np.zeros((2, 3, 5, 128), jnp.bfloat16))
+    shapes = [(128,), (128,), (64,), (64,), (64, 128), (128, 128), (128,), (128,)]
+    shapes += [(4, (64 + 128) * 128 + 512)]
+    results = [
+        jax.ShapeDtypeStruct((2, 3, 5, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 64, 8, 8), jnp.bfloat16),
+        *(jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in shapes),
+    ]
+    return _ffi.call("genie_gated_output_bwd", results, *operands.values(), **attributes)
+
+
 def _attention_stage(target, results, operands, attributes, changes):
     for name, value in changes.items():
         (operands if name in operands else attributes)[name] = value
@@ -243,6 +283,8 @@ CALLS = {
     "genie_gated_projection_bwd": gated_projection_bwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
+    "genie_gated_output_fwd": gated_output_fwd,
+    "genie_gated_output_bwd": gated_output_bwd,
     "genie_attention_project_fwd": attention_project_fwd,
     "genie_attention_output_fwd": attention_output_fwd,
     "genie_pair_attention_bwd": pair_attention_bwd,
@@ -287,6 +329,8 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
         (gated_projection_fwd, ("mask",)),
         (gated_projection_fwd, ("proj_bias", "gate_bias")),
         (gated_projection_bwd, ("mask", "dz_in")),
+        (gated_output_fwd, ("mask", "proj_bias")),
+        (gated_output_bwd, ("mask", "gate_bias")),
         (contract_fwd, ("a_mask",)),
         (contract_bwd, ("a_mask", "b_mask")),
         (attention_project_fwd, ("mask",)),
