@@ -1,10 +1,10 @@
 // Harness of the contraction: correctness against float64 with poisoned results, then timings.
 // Prints one line a case and exits with the number of failures. `quick` checks small cases only
 // (for compute-sanitizer); `check` and `time` run one half, `time N` one size (for a profiler).
-#include "harness/contract.h"
-
 #include <cstring>
 #include <string>
+
+#include "harness/contract.h"
 
 namespace {
 
@@ -56,11 +56,13 @@ void Time(const Case& c, const char* which) {
   const int products = std::strlen(which);
   const double n = double(c.i) * c.j * c.k * c.batch * c.channels;
   const double flops = 2 * n * products;
-  const double bytes = n * ((products + 1) * sizeof(T) * (1. / c.i + 1. / c.j) / 2 * 1 + products * sizeof(Out) * 1. / c.k);
+  const double bytes = n * ((products + 1) * sizeof(T) * (1. / c.i + 1. / c.j) / 2 * 1 +
+                            products * sizeof(Out) * 1. / c.k);
   const float ms = Problem<T, Out>(c).Time(which);
-  std::printf("%s %s %-2s B=%-2ld Hm=%-3ld N=%-5ld mask=%-5s  %8.4f ms  %6.1f TFLOP/s  %7.1f GB/s\n",
-              sizeof(Out) == 4 ? "f16 " : "bf16", c.incoming ? "in " : "out", which, c.batch,
-              c.channels, c.i, kMaskNames[int(c.mask)], ms, flops / ms * 1e-9, bytes / ms * 1e-6);
+  std::printf(
+      "%s %s %-2s B=%-2ld Hm=%-3ld N=%-5ld mask=%-5s  %8.4f ms  %6.1f TFLOP/s  %7.1f GB/s\n",
+      sizeof(Out) == 4 ? "f16 " : "bf16", c.incoming ? "in " : "out", which, c.batch, c.channels,
+      c.i, kMaskNames[int(c.mask)], ms, flops / ms * 1e-9, bytes / ms * 1e-6);
 }
 
 void TimeAll(int64_t n, int64_t batch, int64_t channels, Mask mask) {
@@ -95,7 +97,8 @@ int CheckAll() {
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
-  if (mode == "quick") return CheckBf16({2, 2, 77, 200, 129, false, Mask::kRandom}) + CheckHalf({1, 2, 77, 77, 77});
+  if (mode == "quick")
+    return CheckBf16({2, 2, 77, 200, 129, false, Mask::kRandom}) + CheckHalf({1, 2, 77, 77, 77});
   const int failures = mode == "time" ? 0 : CheckAll();
   if (argc > 2) {
     TimeAll(std::atol(argv[2]), 1, 128, Mask::kNone);

@@ -36,19 +36,6 @@ struct warp_maps {
   }
 
   template <register_tile Tile>
-  static __device__ void add(Tile& dst, const Tile& lhs, const Tile& rhs) {
-    bin_map<base_ops::sum>(dst, lhs, rhs);
-  }
-  template <register_tile Tile>
-  static __device__ void mul(Tile& dst, const Tile& lhs, const Tile& rhs) {
-    bin_map<base_ops::mul>(dst, lhs, rhs);
-  }
-  template <register_vector Vector>
-  static __device__ void mul(Vector& dst, const Vector& lhs, float rhs) {
-    bin_map<base_ops::mul>(dst, lhs, float2{rhs, rhs});
-  }
-
-  template <register_tile Tile>
   static __device__ void zero(Tile& dst) {
 #pragma unroll
     for (int i = 0; i < Tile::height; ++i) {
@@ -58,6 +45,33 @@ struct warp_maps {
         for (int k = 0; k < 4; ++k) dst.tiles[i][j].data[k] = {};
       }
     }
+  }
+
+  template <register_tile Tile>
+  static __device__ void add(Tile& dst, const Tile& lhs, const Tile& rhs) {
+    bin_map<base_ops::sum>(dst, lhs, rhs);
+  }
+  template <register_tile Tile>
+  static __device__ void mul(Tile& dst, const Tile& lhs, const Tile& rhs) {
+    bin_map<base_ops::mul>(dst, lhs, rhs);
+  }
+  template <register_tile Tile>
+  static __device__ void mul(Tile& dst, const Tile& lhs, float rhs) {
+#pragma unroll
+    for (int i = 0; i < Tile::height; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float2 x = lhs.tiles[i][j].data[k];
+          dst.tiles[i][j].data[k] = {x.x * rhs, x.y * rhs};
+        }
+      }
+    }
+  }
+  template <register_vector Vector>
+  static __device__ void mul(Vector& dst, const Vector& lhs, float rhs) {
+    bin_map<base_ops::mul>(dst, lhs, float2{rhs, rhs});
   }
 
   template <typename Op, register_tile Tile>

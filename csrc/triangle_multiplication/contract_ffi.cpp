@@ -51,9 +51,9 @@ Error FindLiveBlocks(Operands& operands, const AnyBuffer& a, const AnyBuffer& b,
     if (!mask) return Error::Success();
     const int64_t rows = mask->dimensions()[1], columns = mask->dimensions()[2];
     const auto padded = [](int64_t size) { return (size + 7) / 8 * 8; };
-    Error error = ShapeStatus("a and b, as their masks round up to multiples of 8,",
-                              {mask->dimensions()[0], operands.channels, padded(rows),
-                               padded(columns)}, x);
+    Error error =
+        ShapeStatus("a and b, as their masks round up to multiples of 8,",
+                    {mask->dimensions()[0], operands.channels, padded(rows), padded(columns)}, x);
     if (error.failure()) return error;
     const int64_t size = LiveSize(operands.batch, rows, columns);
     if (size > room) return Error::InvalidArgument("live is too small for the masks");
@@ -107,8 +107,12 @@ Error ContractBackward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer 
   }
   for (const Error& error :
        {ShapeStatus("dt", {operands.batch, operands.channels, edges.i, edges.j}, dt),
-        ShapeStatus("da", {a.dimensions()[0], a.dimensions()[1], a.dimensions()[2], a.dimensions()[3]}, *da),
-        ShapeStatus("db", {b.dimensions()[0], b.dimensions()[1], b.dimensions()[2], b.dimensions()[3]}, *db)}) {
+        ShapeStatus("da",
+                    {a.dimensions()[0], a.dimensions()[1], a.dimensions()[2], a.dimensions()[3]},
+                    *da),
+        ShapeStatus("db",
+                    {b.dimensions()[0], b.dimensions()[1], b.dimensions()[2], b.dimensions()[3]},
+                    *db)}) {
     if (error.failure()) return error;
   }
   if (da->element_count() == 0 && db->element_count() == 0) return Error::Success();

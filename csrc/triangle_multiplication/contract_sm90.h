@@ -1,4 +1,5 @@
-// Batched matrix products of triangle multiplication's contraction and of its gradients, for sm_90a.
+// Batched matrix products of triangle multiplication's contraction and of its gradients, for
+// sm_90a.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,7 +35,8 @@ struct Contraction {
 };
 
 // Launch on `stream`. Rows as stored are a multiple of 16 bytes long, as pads make them, and
-// tensors start at one; for anything else, and other dtypes than bf16 and fp16, cudaErrorInvalidValue.
+// tensors start at one; for anything else, and other dtypes than bf16 and fp16,
+// cudaErrorInvalidValue.
 cudaError_t Launch(const Contraction& contraction, cudaStream_t stream);
 // mask [batch, rows, columns], valid where not 0.
 cudaError_t FindLive(const uint8_t* mask, uint8_t* live, int64_t batch, int64_t rows,

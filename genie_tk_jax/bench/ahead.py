@@ -1,4 +1,4 @@
-"""Compiles all programs of a run before it begins, many at a time.
+"""Compiles the programs of a run before they are timed, many at a time.
 
 A run compiles a few hundred programs, seconds each on one core, while the device idles. Here
 threads compile the same programs, for operands of the same shapes, into a compilation cache on
@@ -17,7 +17,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from genie_tk_jax.bench.contestants import Contestant, Trial, trial
 from genie_tk_jax.bench.judge import cotangents_of, exact
-from genie_tk_jax.bench.timing import TURNS, looped
 from genie_tk_jax.bench.workloads import Workload, pose
 
 Task = Callable[[], None]
@@ -65,7 +64,7 @@ def truth_task(workload: Workload, which: str, **problem: Any) -> Task:
 
     def task():
         with jax.default_matmul_precision("highest"):
-            _compile(exact(workload), workload, which, problem, wide=True, loop=False)
+            _compile(exact(workload), workload, which, problem, wide=True)
 
     return task
 
@@ -73,15 +72,15 @@ def truth_task(workload: Workload, which: str, **problem: Any) -> Task:
 def contestant_task(
     build: Callable[[], Contestant], workload: Workload, which: str, **problem: Any
 ) -> Task:
-    """Compiles a contestant's step and the loop of it that short calls are timed in."""
+    """Compiles a contestant's step."""
 
     def task():
-        _compile(build(), workload, which, problem, wide=False, loop=True)
+        _compile(build(), workload, which, problem, wide=False)
 
     return task
 
 
-def _compile(contestant, workload, which, problem, *, wide: bool, loop: bool) -> None:
+def _compile(contestant, workload, which, problem, *, wide: bool) -> None:
     found: list[Trial] = []
 
     def operands(posed):
@@ -94,5 +93,3 @@ def _compile(contestant, workload, which, problem, *, wide: bool, loop: bool) ->
     posed = jax.eval_shape(partial(pose, workload, **problem))
     shapes = jax.eval_shape(operands, posed)
     jax.jit(found[0].step).lower(*shapes).compile()
-    if loop:
-        jax.jit(looped(found[0].step)).lower(TURNS, *shapes).compile()

@@ -77,12 +77,14 @@ def bench(options: Options, out: Path, arguments: list[str], tell: Callable[[Row
     """
     report = _report(options, arguments)
     with ahead.cache():
-        if options.jobs > 1:
-            ahead.compile_all(list(_tasks(options)), options.jobs)
-        for row in _rows(options):
-            report["rows"].append(row)
-            _write(out / "results.json", report)
-            tell(row)
+        for n in sorted(options.sizes):
+            of_size = options._replace(sizes=(n,))
+            if options.jobs > 1:
+                ahead.compile_all(list(_tasks(of_size)), options.jobs)
+            for row in _rows(of_size):
+                report["rows"].append(row)
+                _write(out / "results.json", report)
+                tell(row)
     return report
 
 
@@ -112,7 +114,7 @@ def _write(path: Path, report: dict[str, Any]) -> None:
 
 def _problems(options: Options) -> Iterator[tuple[Workload, Sizes, str, list[str]]]:
     """Workloads, sizes, dtypes and passes in the order of the run."""
-    for n in sorted(options.sizes):
+    for n in options.sizes:
         sizes = Sizes(n, options.channels, options.heads)
         for dtype in options.dtypes:
             for workload in (WORKLOADS[name] for name in options.workloads):

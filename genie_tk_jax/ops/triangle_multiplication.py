@@ -59,9 +59,7 @@ def _op_backward(direction, residual, epsilon, implementation, residuals, d_out)
     )
     # a and b are twice the size of z: cheaper to make again than to keep.
     a, b = _project(z, mask, weights, epsilon, implementation)
-    da, db = contract.backward(
-        a, b, dt, mask, direction=direction, implementation=implementation
-    )
+    da, db = contract.backward(a, b, dt, mask, direction=direction, implementation=implementation)
     dz, d_projection = gated_projection.backward(
         (z, mask, da, db, dz_output),
         _pick(weights, gated_projection.GROUPS),
