@@ -1,7 +1,7 @@
 """ColabFold's AlphaFold with and without the swap: time, memory, and the longest design that fits.
 
 The JSON file `alphafold.json`, schema 1, kind "alphafold", has date, command, device, versions,
-kernels and options as `run` says, and
+kernels and options as `run` says, XLA_FLAGS as they were set, and
 
     rows       one for each size, depth, pass and contestant of trunk.VARIANTS:
       n, blocks, msa, dtype, pass, contestant
@@ -11,6 +11,7 @@ kernels and options as `run` says, and
       ms, ms_min, ms_max, samples, calls, method   see timing.Timing
       temporary_bytes, peak_bytes   of one call, by XLA's analysis; the peak has arguments and
                               results in it
+      trace_seconds, compile_seconds   while other programs compile beside it
       ran                     op, implementation, reason, operands of each op of the swapped
                               contestant; of the shallowest trunk, forward and backward
     longest    what design.py finds
@@ -39,7 +40,7 @@ from genie_tk_jax.bench.run import SCHEMA, finite, write
 FILE = "alphafold.json"
 MEASURED = (
     *("error", "gradient_error", "ms", "ms_min", "ms_max", "samples", "calls", "method"),
-    *("temporary_bytes", "peak_bytes", "ran"),
+    *("temporary_bytes", "peak_bytes", "trace_seconds", "compile_seconds", "ran"),
 )
 Row = dict[str, Any]
 
@@ -66,6 +67,14 @@ class Options(NamedTuple):
     memory: float | None
 
 
+class Compiled(NamedTuple):
+    """A program, and how long it took to trace and to compile."""
+
+    program: Any
+    trace_seconds: float
+    compile_seconds: float
+
+
 class Compiler:
     """Traces in the calling thread and compiles in others, as long as there is time."""
 
@@ -76,21 +85,29 @@ class Compiler:
     def start(self, name: str, dtype: str, which: str, shapes: trunk.Problem, **options) -> Future:
         """A step of the trunk, compiled; what tracing or compiling raises is the future's."""
         future: Future = Future()
+        started = time.monotonic()
         try:
             self.check()
             lowered = jax.jit(trunk.step(name, dtype, which)).lower(*shapes)
         except Exception as error:
             future.set_exception(error)
             return future
-        return self.pool.submit(lowered.compile, options or None)
+        traced = time.monotonic()
+
+        def compile():
+            begun = time.monotonic()
+            program = lowered.compile(options or None)
+            return Compiled(program, traced - started, time.monotonic() - begun)
+
+        return self.pool.submit(compile)
 
     def check(self) -> None:
         """Raises TimeoutError when the time is up."""
         if time.monotonic() > self.deadline:
             raise TimeoutError("the time that the run was given is spent")
 
-    def finish(self, future: Future) -> Any:
-        """The program; TimeoutError if it has not come when the time is up."""
+    def finish(self, future: Future) -> Compiled:
+        """What `start` began; TimeoutError if it has not come when the time is up."""
         return future.result(max(0.0, self.deadline - time.monotonic()))
 
 
@@ -112,6 +129,7 @@ def bench(options: Options, out: Path, arguments: list[str], tell: Callable[[str
         "device": machine.device(),
         "versions": machine.versions(trunk.PACKAGES),
         "kernels": machine.kernels(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "options": options._asdict(),
         "rows": [],
         "longest": [],
@@ -175,7 +193,7 @@ class _Judged:
             return
         wide = [x.astype("float32") for x in (self.problem.msa, self.problem.z)]
         with contextlib.suppress(Exception):
-            compiled = self.compiler.finish(program)
+            compiled = self.compiler.finish(program).program
             timing.check_memory(compiled)
             self.truth = compiled(self.problem.params, *wide, self.problem.valid)
 
@@ -197,7 +215,8 @@ class _Judged:
 
     def _measure(self, name: str, which: str, program: Future, found: Row) -> tuple[str, str]:
         """Status and reason; what is known goes to `found` at once."""
-        compiled = self.compiler.finish(program)
+        compiled, *seconds = self.compiler.finish(program)
+        found |= zip(("trace_seconds", "compile_seconds"), seconds, strict=True)
         found["temporary_bytes"] = timing.temporary_bytes(compiled)
         found["peak_bytes"] = timing.peak_bytes(compiled)
         timing.check_memory(compiled)

@@ -9,7 +9,7 @@ from genie_tk_jax.bench.trunk import GENIE, KERNELS, STOCK, UNCHUNKED
 Row = dict[str, Any]
 HEADER = (
     f"{'blocks':>6} {'n':>5} {'pass':<8} {'contestant':<18} {'ms':>9} {'spread':>7} "
-    f"{'peak GiB':>9} {'error':>8}"
+    f"{'peak GiB':>9} {'error':>8} {'compiled':>8}"
 )
 COLUMNS = ("blocks", "pass", "N", "without", "with", "speed-up", KERNELS)
 PROBLEM = ("msa", "dtype", "blocks", "pass", "n")
@@ -27,7 +27,8 @@ def line(part: str, row: Row) -> str:
     errors = [error for error in (row["error"], row["gradient_error"]) if error is not None]
     error = f"{max(errors):>8.1e}" if errors else f"{report.NOTHING:>8}"
     ran = f"  {report.kernels_ran(row)} kernels" if row["ran"] else ""
-    return f"{start}{row['ms']:>9.4g} {spread:>7.0%} {memory} {error}{ran}"
+    took = f"{row['compile_seconds']:>6.1f} s"
+    return f"{start}{row['ms']:>9.4g} {spread:>7.0%} {memory} {error} {took}{ran}"
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def longest(options: Any, compiler: Any) -> Iterator[dict[str, Any]]:
         for name, future in futures.items():
             sizes, _ = searches[name]
             try:
-                sizes[asked[name]] = timing.peak_bytes(compiler.finish(future)) or 0
+                sizes[asked[name]] = timing.peak_bytes(compiler.finish(future).program) or 0
             except TimeoutError:
                 reasons[name] = "the time that the run was given is spent"
             except Exception as error:
