@@ -95,7 +95,8 @@ struct Shape {
     Keys k[kStages][kRows], v[kStages][kRows];
     MaskTile<T> mask[kStages][kRows];  // where the row's kind is kSome
     int kind[kStages][kRows];
-    alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
+    alignas(
+        8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
     semaphore arrived[kStages], finished[kStages];
     semaphore q_arrived[kRows][kTiles], q_finished[kRows][kTiles];
   };
