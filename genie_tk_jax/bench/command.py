@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--channels", 128, "of the pair representation, of all heads together, of a, b and t"),
         ("--heads", 4, "of attention; their number divides the channels"),
         ("--repeats", 10, "samples that a median is taken of"),
+        ("--jobs", 1, "programs compiled at once before the run; 1 compiles them as they come"),
     ):
         text = f"{what} (default: {number})"
         parser.add_argument(flag, type=positive, default=number, metavar="N", help=text)
