@@ -39,11 +39,6 @@ def stand_in_for_colabfold_kernels():
 
 def filled(function, *arguments):
     """Random parameters for a transformed function: no leaf zero or constant."""
-    return drawn(jax.eval_shape(function.init, KEY, *arguments))
-
-
-def drawn(shapes):
-    """Random parameters of these shapes: no leaf zero or constant."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -52,7 +47,7 @@ def drawn(shapes):
         mean = "scale" in jax.tree_util.keystr(path)
         return jnp.asarray(mean + scale * rng.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(function.init, KEY, *arguments))
 
 
 def both(modules, function):

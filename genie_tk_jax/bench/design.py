@@ -97,12 +97,15 @@ def bracket(sizes: dict[int, int], limit: int) -> tuple[int | None, int | None]:
 
 
 def _guess(sizes: dict[int, int], limit: int) -> int:
-    """The longest that should fit, were memory a n^2 + b n^3 through the two nearest sizes."""
+    """The longest that should fit, were memory a n^2 + b n^3 through the two nearest sizes.
+
+    At most twice the longest that was measured, so that a poor guess costs little.
+    """
     m, n = sorted(sizes, key=lambda n: abs(sizes[n] - limit))[:2]
-    b = (sizes[n] / n**2 - sizes[m] / m**2) / (n - m)
-    a = sizes[n] / n**2 - b * n
-    fits = [k for k in range(STEP, LARGEST, STEP) if (a + b * k) * k**2 <= limit]
-    return max(fits, default=STEP)
+    b = max(0.0, (sizes[n] / n**2 - sizes[m] / m**2) / (n - m))
+    a = sizes[m] / m**2 - b * m
+    candidates = range(STEP, 2 * max(sizes) + STEP, STEP)
+    return max((k for k in candidates if (a + b * k) * k**2 <= limit), default=STEP)
 
 
 def _row(options: Any, name: str, sizes: dict[int, int], limit: int, reason: str) -> dict[str, Any]:
