@@ -41,13 +41,20 @@ for _name, _handler in TARGETS.items():
 Attribute = bool | int | float | str
 
 
-def call(target: str, results: Any, *operands: jax.Array | None, **attributes: Attribute) -> Any:
+def call(
+    target: str,
+    results: Any,
+    *operands: jax.Array | None,
+    aliases: dict[int, int] | None = None,
+    **attributes: Attribute,
+) -> Any:
     """Calls a target on arrays in row-major order.
 
     Args:
       target: its name, one of `TARGETS`.
       results: a `jax.ShapeDtypeStruct` or a sequence of them.
       operands: in the order of the handler's parameters; None for one that is absent.
+      aliases: which operands give their memory to which results, by number.
       attributes: under the handler's names; int is int64 there and float is float32.
 
     Returns:
@@ -56,7 +63,7 @@ def call(target: str, results: Any, *operands: jax.Array | None, **attributes: A
     # Made by JAX, so as to be traced: custom_partitioning takes no constants.
     arrays = [jnp.zeros(0, jnp.uint8) if x is None else x for x in operands]
     typed = {name: _typed(value) for name, value in attributes.items()}
-    return jax.ffi.ffi_call(target, results)(*arrays, **typed)
+    return jax.ffi.ffi_call(target, results, input_output_aliases=aliases)(*arrays, **typed)
 
 
 def _typed(value: Attribute) -> Any:

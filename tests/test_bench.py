@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import numpy as np
 import pytest
 
 from genie_tk_jax import cli
-from genie_tk_jax.bench import contestants, costs, judge, peers, report, run, timing, workloads
+from genie_tk_jax.bench import (
+    ahead,
+    contestants,
+    costs,
+    judge,
+    peers,
+    report,
+    run,
+    timing,
+    workloads,
+)
 from genie_tk_jax.bench.contestants import Contestant
 from genie_tk_jax.bench.workloads import WORKLOADS
 
@@ -34,7 +45,16 @@ def compiled_quickly():
 
 def options(**changes):
     one = run.Options(
-        ("contract_incoming",), costs.PASSES, (8,), ("float32",), 16, 2, (), repeats=1, masked=0.1
+        ("contract_incoming",),
+        costs.PASSES,
+        (8,),
+        ("float32",),
+        16,
+        2,
+        (),
+        repeats=1,
+        masked=0.1,
+        jobs=1,
     )
     return one._replace(**changes)
 
@@ -111,9 +131,9 @@ def test_a_wrong_gradient_is_caught():
 
 
 def test_nan_is_wrong_and_null_in_the_report():
-    assert judge._too_far([float("nan")], [1e-3]) and judge._too_far([float("nan")], None)
-    assert not judge._too_far([2e-3], [1e-3]) and judge._too_far([4e-3], [1e-3])
-    assert run._finite(float("nan")) is None and run._finite(0.5) == 0.5
+    assert judge.too_far([float("nan")], [1e-3]) and judge.too_far([float("nan")], None)
+    assert not judge.too_far([2e-3], [1e-3]) and judge.too_far([4e-3], [1e-3])
+    assert run.finite(float("nan")) is None and run.finite(0.5) == 0.5
 
 
 def test_what_does_not_run_is_a_row_with_its_reason(tmp_path, monkeypatch):
@@ -176,7 +196,8 @@ def test_the_loop_runs_every_turn_and_returns_the_result(n):
     def step(x):
         return jnp.tanh(x @ x @ x)
 
-    one, many = (jax.jit(timing.looped(step, turns)) for turns in (10, 200))
+    loop = jax.jit(timing.looped(step))
+    one, many = (partial(loop, jnp.int32(turns)) for turns in (10, 200))
     np.testing.assert_allclose(many(x)[1], step(x), rtol=1e-6)
     assert int(many(x)[0]) == 200
     one(x)
@@ -184,11 +205,40 @@ def test_the_loop_runs_every_turn_and_returns_the_result(n):
     assert least[1] > 5 * least[0]
 
 
+def test_programs_compiled_ahead_are_those_that_run(tmp_path, monkeypatch):
+    """The run finds every step and truth in the cache, so their compiled programs are few."""
+    missed = []
+
+    def listen(event, **_):
+        missed.append(event == "/jax/compilation_cache/cache_misses")
+
+    def rows_then_misses(jobs, **_):
+        missed.clear()
+        monkeypatch.setattr(ahead, "compile_all", lambda tasks, jobs: compile_all(tasks, jobs))
+        rows = run.bench(options(jobs=jobs), tmp_path, [], lambda row: None)["rows"]
+        return [row["status"] for row in rows], sum(missed)
+
+    def compile_all(tasks, jobs):
+        found(tasks, jobs)
+        missed.clear()
+
+    found = ahead.compile_all
+    jax.monitoring.register_event_listener(listen)
+    try:
+        jax.clear_caches()
+        plain, without = rows_then_misses(1)
+        jax.clear_caches()
+        ahead_of_it, with_it = rows_then_misses(2)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert plain == ahead_of_it == ["ok"] * len(plain)
+    assert with_it <= without - 5  # two passes of the library and of XLA, and the truth
+
+
 def test_short_calls_are_timed_in_the_loop_too(monkeypatch):
     monkeypatch.setattr(timing, "HIDES_HOST", 10.0)
     x = jnp.ones((4, 4))
-    program = timing.compiled(jnp.sin, (x,))
-    found = timing.timed(program, jnp.sin, (x,), 2)
+    found = timing.timed(jnp.sin, (x,), 2)
     assert found.method in ("calls", "loop") and found.samples == 2 and found.ms > 0
 
 

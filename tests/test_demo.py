@@ -7,10 +7,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from genie_tk_jax import cli
-from genie_tk_jax.demo import measure, pair, proteins, stack
+for module in ("gemmi", "matplotlib", "rich"):
+    pytest.importorskip(module, reason=f"the demo needs {module}, which is not installed")
+
+from PIL import Image  # noqa: E402
+
+from genie_tk_jax import cli  # noqa: E402
+from genie_tk_jax.demo import measure, pair, proteins, stack  # noqa: E402
 
 
 def test_relative_positions_are_clipped_differences():

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from genie_tk_jax import cli
-from genie_tk_jax.demo import proteins
+pytest.importorskip("gemmi", reason="structures are read by gemmi, which is not installed")
+
+from genie_tk_jax import cli  # noqa: E402
+from genie_tk_jax.demo import proteins  # noqa: E402
 
 LENGTHS = {"ubiquitin": 76, "lysozyme": 129, "gfp": 238, "p53": 393}
 # Average residue masses in dalton; with one water they give a protein's mass.

@@ -24,14 +24,15 @@ def temporaries(n, node, implementation):
     return step.lower(z, weights, mask).compile().memory_analysis().temp_size_in_bytes
 
 
-# Measured with jax 0.8.1 and 0.10.2: 5.0 and 5.6 GB staged, 3.2 GB on "xla", for the same program.
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="the bound is met by XLA as of jax 0.12, not by older"
-)
+# XLA's CPU compiler before jax 0.12 knows no 16-bit slices: loops over rows read copies of whole
+# arrays in float32, and it makes those, and the loops' results, all at the start.
+LIMIT = 3e9 if jax.__version_info__ >= (0, 12) else 6e9
+
+
 @pytest.mark.parametrize("implementation", [None, "xla"], ids=["staged", "xla"])
 @pytest.mark.parametrize("node", ["starting", "ending"])
 def test_one_layer_forward_and_gradient(node, implementation):
-    assert temporaries(1024, node, implementation) < 3e9
+    assert temporaries(1024, node, implementation) < LIMIT
 
 
 def test_grows_with_the_square_of_n():

@@ -2,4 +2,5 @@
 // Only what the kernels use is here. Kernels include this one header.
 #pragma once
 
+#include "cluster.cuh"
 #include "group.cuh"

@@ -161,6 +161,19 @@ struct warp_maps {
   static __device__ void add_col(Tile& dst, const Tile& src, const row_vec<Tile>& v) {
     col_map<base_ops::sum>(dst, src, v);
   }
+  // Every row becomes v.
+  template <register_tile Tile>
+  static __device__ void broadcast_col(Tile& dst, const row_vec<Tile>& v) {
+    static_assert(Tile::row_layout, "row layout only");
+#pragma unroll
+    for (int i = 0; i < Tile::height; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::width; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) dst.tiles[i][j].data[k] = v[j][k / 2];
+      }
+    }
+  }
   template <register_tile Tile>
   static __device__ void mul_col(Tile& dst, const Tile& src, const row_vec<Tile>& v) {
     col_map<base_ops::mul>(dst, src, v);

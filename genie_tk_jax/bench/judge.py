@@ -31,14 +31,22 @@ class Truth(NamedTuple):
 
 def truth_of(workload: Workload, problem: Problem, which: str, dtype: str) -> Truth:
     """The truth for a problem whose inputs are rounded to `dtype` already."""
-    wide = problem._replace(inputs=jax.tree.map(lambda x: x.astype(jnp.float32), problem.inputs))
-    exact = Contestant("float32", partial(workload.ours, implementation="xla"))
+    wide, contestant = problem.widened(), exact(workload)
     with jax.default_matmul_precision("highest"):
-        shapes = jax.eval_shape(exact.call, *wide)
-        cotangents = _random_like(shapes, dtype)
-        attempt = trial(exact, wide, which, cotangents)
+        cotangents = cotangents_of(workload, problem, dtype)
+        attempt = trial(contestant, wide, which, cotangents)
         program = compiled(attempt.step, attempt.operands)
         return Truth(cotangents, attempt.ours(program(*attempt.operands)))
+
+
+def exact(workload: Workload) -> Contestant:
+    """What gives the truth: our reference, to be run in float32 at the highest precision."""
+    return Contestant("float32", partial(workload.ours, implementation="xla"))
+
+
+def cotangents_of(workload: Workload, problem: Problem, dtype: str) -> Any:
+    """Random cotangents of the workload's outputs, in our form."""
+    return _random_like(jax.eval_shape(exact(workload).call, *problem), dtype)
 
 
 def _random_like(shapes: Any, dtype: str) -> Any:
@@ -94,9 +102,9 @@ def judge(
         fields["temporary_bytes"] = temporary_bytes(program)
         if contestant.name == LIBRARY:
             fields["ran"] = [x._asdict() for x in explain(attempt.step, *attempt.operands)]
-        if reason := _too_far(errors, yardstick):
+        if reason := too_far(errors, yardstick):
             return Verdict("wrong", reason, fields)
-        found = timed(program, attempt.step, attempt.operands, repeats)
+        found = timed(attempt.step, attempt.operands, repeats)
         return Verdict("ok", "", fields | found._asdict())
     except Exception as error:
         return Verdict(*failure(error), fields)
@@ -108,7 +116,7 @@ def _errors(attempt: Trial, program: Any, truth: Truth) -> list[float]:
     return [float(distance(x, y)) for x, y in zip(results, truth.results, strict=False)]
 
 
-def _too_far(errors: list[float], yardstick: list[float] | None) -> str:
+def too_far(errors: list[float], yardstick: list[float] | None) -> str:
     """Why a contestant with these errors is wrong, or nothing."""
     limits = [max(WRONG * x, NEGLIGIBLE) for x in yardstick or [float("inf")] * len(errors)]
     for name, error, limit in zip(("outputs", "gradients"), errors, limits, strict=False):

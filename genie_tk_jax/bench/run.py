@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from genie_tk_jax.bench import ahead
 from genie_tk_jax.bench.contestants import LIBRARY, PLAIN, REFERENCE, own
 from genie_tk_jax.bench.costs import CEILINGS, Sizes, counted
 from genie_tk_jax.bench.judge import Verdict, failure, judge, truth_of
@@ -64,6 +65,7 @@ class Options(NamedTuple):
     peers: tuple[str, ...]
     repeats: int
     masked: float
+    jobs: int
 
 
 def bench(options: Options, out: Path, arguments: list[str], tell: Callable[[Row], None]) -> dict:
@@ -74,10 +76,15 @@ def bench(options: Options, out: Path, arguments: list[str], tell: Callable[[Row
       tell: called with each row.
     """
     report = _report(options, arguments)
-    for row in _rows(options):
-        report["rows"].append(row)
-        _write(out / "results.json", report)
-        tell(row)
+    with ahead.cache():
+        for n in sorted(options.sizes):
+            of_size = options._replace(sizes=(n,))
+            if options.jobs > 1:
+                ahead.compile_all(list(_tasks(of_size)), options.jobs)
+            for row in _rows(of_size):
+                report["rows"].append(row)
+                write(out / "results.json", report)
+                tell(row)
     return report
 
 
@@ -97,7 +104,7 @@ def _report(options: Options, arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def write(path: Path, report: dict[str, Any]) -> None:
     """Replaces the file at once, so that it is whole whenever a run is stopped."""
     partial_path = path.with_suffix(".part")
     text = json.dumps(report, indent=1, allow_nan=False)
@@ -105,18 +112,34 @@ def _write(path: Path, report: dict[str, Any]) -> None:
     partial_path.replace(path)
 
 
-def _rows(options: Options) -> Iterator[Row]:
-    for n in sorted(options.sizes):
+def _problems(options: Options) -> Iterator[tuple[Workload, Sizes, str, list[str]]]:
+    """Workloads, sizes, dtypes and passes in the order of the run."""
+    for n in options.sizes:
         sizes = Sizes(n, options.channels, options.heads)
         for dtype in options.dtypes:
-            for name in options.workloads:
-                yield from _of_workload(options, WORKLOADS[name], sizes, dtype)
+            for workload in (WORKLOADS[name] for name in options.workloads):
+                passes = [which for which in workload.passes if which in options.passes]
+                if passes:
+                    yield workload, sizes, dtype, passes
 
 
-def _of_workload(options: Options, workload: Workload, sizes: Sizes, dtype: str) -> Iterator[Row]:
-    passes = [which for which in workload.passes if which in options.passes]
-    if not passes:
-        return
+def _tasks(options: Options) -> Iterator[ahead.Task]:
+    for workload, sizes, dtype, passes in _problems(options):
+        problem = dict(sizes=sizes, dtype=dtype, masked=options.masked)
+        yield ahead.truth_task(workload, passes[-1], **problem)
+        for which in passes:
+            for _, build in _contestants(options, workload, sizes, dtype):
+                yield ahead.contestant_task(build, workload, which, **problem)
+
+
+def _rows(options: Options) -> Iterator[Row]:
+    for workload, sizes, dtype, passes in _problems(options):
+        yield from _of_workload(options, workload, sizes, dtype, passes)
+
+
+def _of_workload(
+    options: Options, workload: Workload, sizes: Sizes, dtype: str, passes: list[str]
+) -> Iterator[Row]:
     try:
         problem = pose(workload, sizes, dtype, options.masked)
         # What the last pass needs holds what those before it do.
@@ -166,7 +189,7 @@ def _row(options, workload, sizes, dtype, which, name, verdict: Verdict) -> Row:
         "contestant": name,
         "status": verdict.status,
         "reason": verdict.reason,
-        **{key: _finite(value) for key, value in measured.items()},
+        **{key: finite(value) for key, value in measured.items()},
         "flops": flops,
         "bytes": moved,
         **shares,
@@ -190,7 +213,7 @@ def _against_ceiling(verdict: Verdict, flops: float, moved: float):
     return Verdict("wrong", reason, {**verdict.fields, "ms": None}), shares
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: the error of results that hold one is null."""
     return None if isinstance(value, float) and not jnp.isfinite(value) else value
 

@@ -3,7 +3,7 @@
 A function is compiled once and warmed up. A sample is many calls that are enqueued one after
 another, with a single wait at the end, as many as last 10 ms; the figure is the median of the
 samples. The device runs the calls in order, so a sample holds their device time, and what the host
-does for a call hides behind the calls before. It does not hide for calls under a millisecond:
+does for a call, 30 us or so, hides behind the calls before. It does not hide for the shortest:
 those run in a loop on the device as well, where each call's operands pass an optimisation barrier
 together with a counter that changes with every turn, so that XLA can neither hoist a call out of
 the loop nor drop one. Of the two the lower median counts, and the row says which it is.
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 SAMPLE_SECONDS = 10e-3
 # Calls longer than this hide what the host does for the next one.
-HIDES_HOST = 1e-3
+HIDES_HOST = 60e-6
 
 
 class Timing(NamedTuple):
@@ -45,16 +45,30 @@ def compiled(step: Callable, operands: tuple) -> Any:
       MemoryError: results and temporaries do not fit in the memory that is left; nothing ran.
     """
     program = jax.jit(step).lower(*operands).compile()
+    check_memory(program)
+    return program
+
+
+def check_memory(program: Any) -> None:
+    """Raises MemoryError if a call's results and temporaries do not fit in what is left."""
     needed, left = _needed(program), _memory_left()
     if needed > left:
         raise MemoryError(f"needs {needed / 2**30:.1f} GiB; {left / 2**30:.1f} GiB are left")
-    return program
 
 
 def temporary_bytes(program: Any) -> int | None:
     """Temporaries of one call by XLA's analysis; None where the platform has none."""
     analysis = program.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def peak_bytes(program: Any) -> int | None:
+    """Arguments, results and temporaries of one call by XLA's analysis; None where it has none."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return None
+    arguments = analysis.argument_size_in_bytes - analysis.alias_size_in_bytes
+    return arguments + _needed(program)
 
 
 def _needed(program: Any) -> int:
@@ -71,20 +85,21 @@ def _memory_left() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def timed(program: Any, step: Callable, operands: tuple, repeats: int) -> Timing:
-    """Times `program`, which is `step` compiled for `operands` and has run before."""
-    found = _samples(lambda: program(*operands), 1, repeats, "calls")
+def timed(step: Callable, operands: tuple, repeats: int) -> Timing:
+    """Times `step`, whose program for `operands` is compiled and has run before."""
+    call = jax.jit(step)  # dispatches faster than a compiled program, which the cache gives it
+    found = _samples(lambda: call(*operands), 1, repeats, "calls")
     if found.ms > 1e3 * HIDES_HOST:
         return found
     turns = math.ceil(1e3 * SAMPLE_SECONDS / found.ms)
-    loop = jax.jit(looped(step, turns)).lower(*operands).compile()
-    return min(found, _samples(lambda: loop(*operands), turns, repeats, "loop"))
+    loop, count = jax.jit(looped(step)), jnp.int32(turns)
+    return min(found, _samples(lambda: loop(count, *operands), turns, repeats, "loop"))
 
 
-def looped(step: Callable, turns: int) -> Callable:
-    """`turns` calls of `step`, one after the other; returns the results of the last one."""
+def looped(step: Callable) -> Callable:
+    """`step` as often as the first operand says, one after the other; returns the last results."""
 
-    def run(*operands):
+    def run(turns, *operands):
         def turn(_, carry):
             count, _ = carry
             held, count = jax.lax.optimization_barrier((operands, count))

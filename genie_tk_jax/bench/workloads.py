@@ -21,6 +21,10 @@ class Problem(NamedTuple):
     inputs: dict[str, Any]
     mask: jax.Array
 
+    def widened(self) -> "Problem":
+        """The same problem in float32."""
+        return Problem(jax.tree.map(lambda x: x.astype(jnp.float32), self.inputs), self.mask)
+
 
 class Workload(NamedTuple):
     """One line of the benchmark.

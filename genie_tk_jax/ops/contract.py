@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _reference
-from genie_tk_jax._stage import stage
+from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax._stage import Kernel, stage
 
 DIRECTIONS = ("outgoing", "incoming")
 
@@ -20,54 +20,122 @@ def ordered(x, y, direction):
 
 
 def reference(arrays, weights, *, direction):
-    """a, b (incoming: b, a), channel first -> t [B, Hm, I, J].
+    """a, b (incoming: b, a), channel first, and where they are valid -> t [B, Hm, I, J].
 
-    t is float32 for float16, which a sum of products overflows.
+    Masks, bool without the channels or None, only say where a and b are zero. t is float32 for
+    float16, which a sum of products overflows.
     """
-    left, right = arrays
+    left, right, *_ = arrays
     equation = {"outgoing": "bhik,bhjk->bhij", "incoming": "bhkj,bhki->bhij"}[direction]
     dtype = jnp.float32 if left.dtype == jnp.float16 else left.dtype
     return jnp.einsum(equation, left, right, preferred_element_type=dtype)
 
 
 def _backward_reference(arrays, weights, *, direction):
-    *operands, dt = arrays
+    left, right, dt, *_ = arrays
     gradients, _ = _reference.pullback(
-        partial(reference, direction=direction), tuple(operands), (), weights, dt
+        partial(reference, direction=direction), (left, right), (), weights, dt
     )
     return gradients
 
 
+def unsupported(arrays, weights, **_) -> str | None:
+    """Why the kernel cannot serve these arguments, or None."""
+    left, right, *_ = arrays
+    if left.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"a and b must be bfloat16 or float16; got {left.dtype}"
+    if 0 in left.shape[2:] or 0 in right.shape[2:]:
+        return "a and b must have pairs"
+    if left.shape[-1] % _reference.PADDING or right.shape[-1] % _reference.PADDING:
+        return "rows must be whole multiples of 16 bytes"
+    return None
+
+
+def _backward_unsupported(arrays, weights, **static) -> str | None:
+    if arrays[0].dtype == jnp.float16:
+        return "the gradients of float16 multiply it by a float32 dt, which no kernel does"
+    return unsupported(arrays, weights, **static)
+
+
+def _live(*masks):
+    """Room for a byte for each block of 64 x 64 pairs of the masks."""
+    shapes = [mask.shape for mask in masks if mask is not None]
+    size = sum(batch * -(-rows // 64) * -(-columns // 64) for batch, rows, columns in shapes)
+    return jax.ShapeDtypeStruct((size,), jnp.uint8)
+
+
+def _kernel(arrays, weights, *, direction):
+    left, right, *masks = arrays
+    a, b = ordered(left, right, direction)
+    dtype = jnp.float32 if a.dtype == jnp.float16 else a.dtype
+    axis = {"outgoing": 2, "incoming": 3}[direction]
+    t = jax.ShapeDtypeStruct((*a.shape[:2], a.shape[axis], b.shape[axis]), dtype)
+    t, _ = _ffi.call(
+        "genie_contract_fwd",
+        (t, _live(*masks)),
+        *(a, b, *ordered(*masks, direction)),
+        incoming=direction == "incoming",
+    )
+    return t
+
+
+def _backward_kernel(arrays, weights, *, direction):
+    left, right, dt, *masks = arrays
+    a, b = ordered(left, right, direction)
+    da, db, _ = _ffi.call(
+        "genie_contract_bwd",
+        (*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b)), _live(*masks)),
+        *(a, b, dt, *ordered(*masks, direction)),
+        incoming=direction == "incoming",
+    )
+    return ordered(da, db, direction)
+
+
 def _stages(operands: str):
-    result = "b h i j"
-    backward_axes = f"{operands}, {result} -> {operands}"
+    result, masks = "b h i j", operands.replace(" h", "")
+    axes = dict(whole="k", padded="i j k")
+    forward = Kernel(_kernel, unsupported)
+    backward = Kernel(_backward_kernel, _backward_unsupported)
+    backward_rule = f"{operands}, {result}, {masks} -> {operands}"
     return (
-        stage("contract", reference, f"{operands} -> {result}", whole="k"),
-        stage("contract_backward", _backward_reference, backward_axes, whole="k"),
+        stage("contract", reference, f"{operands}, {masks} -> {result}", **axes, kernel=forward),
+        stage("contract_backward", _backward_reference, backward_rule, **axes, kernel=backward),
     )
 
 
 STAGES = {direction: _stages(operands) for direction, operands in AXES.items()}
 
+# From so many products on, skipping what is masked outweighs finding it, which takes a launch.
+WORTH_A_MASK = 128 * 512**3
 
-def forward(a, b, *, direction, implementation):
-    """t of a and b."""
+
+def _masks(a, b, mask):
+    """The masks of both operands, or none where they would not pay."""
+    worth = a.size * max(b.shape[2:]) >= WORTH_A_MASK
+    return (mask, mask) if worth else (None, None)
+
+
+def forward(a, b, mask, *, direction, implementation):
+    """t of a and b, [B, Hm, ..] with both pair axes padded; mask bool [B, ..] or None.
+
+    a and b are zero where the mask is False, which the mask only tells the kernel to make use of.
+    """
     run, _ = STAGES[direction]
     static = dict(implementation=implementation, direction=direction)
-    return run(ordered(a, b, direction), {}, **static)
+    return run((*ordered(a, b, direction), *_masks(a, b, mask)), {}, **static)
 
 
-def backward(a, b, dt, *, direction, implementation):
-    """da and db."""
+def backward(a, b, dt, mask, *, direction, implementation):
+    """da and db; at masked pairs, where a and b are constants, they may hold anything finite."""
     _, run = STAGES[direction]
     static = dict(implementation=implementation, direction=direction)
-    first, second = run((*ordered(a, b, direction), dt), {}, **static)
+    first, second = run((*ordered(a, b, direction), dt, *_masks(a, b, mask)), {}, **static)
     return ordered(first, second, direction)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _op(a, b, direction, implementation):
-    return forward(a, b, direction=direction, implementation=implementation)
+    return forward(a, b, None, direction=direction, implementation=implementation)
 
 
 def _op_forward(a, b, direction, implementation):
@@ -76,7 +144,7 @@ def _op_forward(a, b, direction, implementation):
 
 def _op_backward(direction, implementation, residuals, dt):
     a, b = residuals
-    return backward(a, b, dt, direction=direction, implementation=implementation)
+    return backward(a, b, dt, None, direction=direction, implementation=implementation)
 
 
 _op.defvjp(_op_forward, _op_backward)
@@ -126,5 +194,6 @@ def contract(
         _dispatch.choose(op, "xla", None, (a, b))
         t = reference(ordered(a, b, direction), {}, direction=direction)
     else:
-        t = _op(a, b, direction, implementation)
+        a, b = _reference.padded(a), _reference.padded(b)
+        t = _op(a, b, direction, implementation)[..., : shapes["I"], : shapes["J"]]
     return shapes.unfold(t)

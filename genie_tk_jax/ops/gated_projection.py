@@ -53,11 +53,59 @@ def _kernel(arrays, weights, *, epsilon):
 
 
 def _backward_reference(arrays, weights, *, epsilon):
-    z, mask, *cotangents = arrays
+    """z, mask, the gradients of a and b, and dz_in or None -> dz_in + dz, gradients of weights."""
+    z, mask, da, db, dz_in = arrays
     (dz,), d_weights = _reference.pullback(
-        partial(reference, epsilon=epsilon), (z,), (mask,), weights, tuple(cotangents)
+        partial(reference, epsilon=epsilon), (z,), (mask,), weights, (da, db)
     )
-    return dz, d_weights
+    return dz if dz_in is None else dz_in + dz, d_weights
+
+
+def _backward_unsupported(arrays, weights, **static) -> str | None:
+    z = arrays[0]
+    if z.shape[-1] == 256:
+        return (
+            "c_z must be 64 or 128: the weights of 256 channels leave no room for their gradients"
+        )
+    return unsupported(arrays, weights, **static)
+
+
+# A cluster of blocks shares the pairs of a part; no more parts than the largest GPU runs at once,
+# and no fewer than four tiles of 64 pairs in each.
+BLOCKS, TILE, TILES_PER_PART = 132, 64, 4
+
+
+def _backward_kernel(arrays, weights, *, epsilon):
+    z, mask, da, db, dz_in = arrays
+    norm, projection, gate = (weights[group] for group in GROUPS)
+    batch, rows, columns, channels = z.shape
+    width = projection["kernel"].shape[1]
+    most = BLOCKS // min(2, width // 128) // max(1, batch)
+    parts = max(1, min(most, rows * -(-columns // TILE) // TILES_PER_PART))
+    shapes = [(channels,)] * 2 + [(channels, width)] * 2 + [(width,)] * 2
+    shapes += [(parts, 2, channels + 1, width)]
+    gradients = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in shapes]
+    dz, scale, bias, d_projection, d_gate, *d_biases, _ = _ffi.call(
+        "genie_gated_projection_bwd",
+        (jax.ShapeDtypeStruct(z.shape, z.dtype), *gradients),
+        z,
+        mask,
+        da,
+        db,
+        dz_in,
+        *(norm[name].astype(jnp.float32) for name in ("scale", "bias")),
+        *_reference.kernels(z.dtype, projection, gate),
+        *_reference.biases(projection, gate),
+        aliases=None if dz_in is None else {4: 0},
+        epsilon=epsilon,
+    )
+    d_linears = (
+        {"kernel": kernel, **({"bias": d_bias} if "bias" in linear else {})}
+        for kernel, d_bias, linear in zip(
+            (d_projection, d_gate), d_biases, (projection, gate), strict=True
+        )
+    )
+    return dz, dict(zip(GROUPS, ({"scale": scale, "bias": bias}, *d_linears), strict=True))
 
 
 AXES = "b i k c, b i k"
@@ -72,9 +120,10 @@ forward = stage(
 backward = stage(
     "gated_projection_backward",
     _backward_reference,
-    f"{AXES}, b h i k, b h i k -> b i k c",
+    f"{AXES}, b h i k, b h i k, b i k c -> b i k c",
     whole="c h",
     padded="i k",
+    kernel=Kernel(_backward_kernel, _backward_unsupported),
 )
 
 
@@ -90,7 +139,7 @@ def _op_forward(z, mask, weights, epsilon, implementation):
 def _op_backward(epsilon, implementation, residuals, cotangents):
     z, mask, weights = residuals
     dz, d_weights = backward(
-        (z, mask, *cotangents), weights, implementation=implementation, epsilon=epsilon
+        (z, mask, *cotangents, None), weights, implementation=implementation, epsilon=epsilon
     )
     return dz, None, _reference.like(d_weights, weights)
 

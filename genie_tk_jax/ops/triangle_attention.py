@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from genie_tk_jax import _contract, _dispatch, _reference
 from genie_tk_jax._stage import stage
-from genie_tk_jax.ops import pair_attention
+from genie_tk_jax.ops import attention_backward, attention_stages, pair_attention
+from genie_tk_jax.ops.attention_stages import bias_of_pairs, oriented
 from genie_tk_jax.params import axis_size, checked, triangle_attention_spec
 
 NODES = ("starting", "ending")
 ENDING_BIASES = ("swapped", "unswapped")
-PROJECT_GROUPS = ("norm", "pair_bias", "q", "k", "v")
-OUTPUT_GROUPS = ("norm", "gate", "out")
 ROWS_GROUPS = ("norm", "q", "k", "v", "gate", "out")
 BIAS_GROUPS = ("norm", "pair_bias")
 
@@ -25,62 +24,21 @@ def _pick(weights, groups):
     return {group: weights[group] for group in groups}
 
 
-def _oriented(x, node):
-    """x [B, I, J, ...] with the axis attended over last of the two pair axes."""
-    return x if x is None or node == "starting" else jnp.swapaxes(x, 1, 2)
-
-
-def _normed(z, mask, weights, epsilon):
-    """z [B, J, C] of one row, its garbage read as zeros, and its layer norm."""
-    z = _reference.readable(z, mask)
-    return z, _reference.layer_norm(z, **weights["norm"], epsilon=epsilon)
-
-
-def _bias(arrays, weights, *, node, ending_bias, epsilon):
-    """z [B, N, N, C], mask -> the pair bias [B, H, Q, K] in attention order."""
-    z, mask = arrays
-    if ending_bias == "swapped":
-        z, mask = _oriented(z, node), _oriented(mask, node)
-
-    def row(z, mask):
-        _, x = _normed(z, mask, weights, epsilon)
-        return _reference.linear("bkc,ch->bkh", x, weights["pair_bias"])
-
-    return jnp.moveaxis(_over_pairs(row, z, mask), -1, 1)
-
-
-def _over_pairs(row, *operands):
-    """`row` over the rows of pairwise operands, the first [B, I, J, C], in chunks."""
-    batch, _, columns, channels = operands[0].shape
-    return _reference.over_rows(row, 4 * batch * columns * channels, operands)
-
-
-def _queries_keys_values(x, weights):
-    q, k, v = (_reference.linear("bjc,chd->bjhd", x, weights[name]) for name in "qkv")
-    return q, k, v
-
-
-def _gated(o, z, x, weights, residual):
-    """One row: o [B, J, H, D] and z, LayerNorm(z) [B, J, C] -> the update, or z + update."""
-    gate = jax.nn.sigmoid(_reference.linear("bjc,chd->bjhd", x, weights["gate"]))
-    update = _reference.linear("bjhd,hdc->bjc", gate * o, weights["out"])
-    return z + update if residual else update
-
-
 def _rows(arrays, weights, *, node, residual, epsilon):
-    """z [B, N, N, C], bias [B, H, Q, K], mask -> [B, N, N, C]: the layer once the bias is made."""
+    """z [B, N, N, C], bias [B, H, Q, Kp], mask -> [B, N, N, C]: the layer once the bias is made."""
     z, bias, mask = arrays
     # What chunks share is float32, in which the gradients of many chunks sum.
     weights = _reference.wide(weights)
-    bias = bias.astype(_reference.statistics_dtype(bias.dtype))
+    z, mask = oriented(z, node), oriented(mask, node)
+    bias = bias[..., : z.shape[2]].astype(_reference.statistics_dtype(bias.dtype)) * math.log(2)
 
     def row(z, mask):
-        z, x = _normed(z, mask, weights, epsilon)
-        o, _ = pair_attention.softmax_of_row(*_queries_keys_values(x, weights), bias, mask)
-        return _gated(o, z, x, weights, residual)
+        z, x = attention_stages.normed(z, mask, weights, epsilon)
+        q, k, v = attention_stages.queries_keys_values(x, weights)
+        o, _ = pair_attention.softmax_of_row(q, k, v, bias, mask, folded=True)
+        return attention_stages.gated(o, z, x, weights, residual)
 
-    operands = _oriented(z, node), _oriented(mask, node)
-    return _oriented(_reference.over_rows(row, math.prod(bias.shape), operands), node)
+    return oriented(_reference.over_rows(row, math.prod(bias.shape), (z, mask)), node)
 
 
 def reference(z, mask, weights, *, node, ending_bias, residual, epsilon):
@@ -88,30 +46,8 @@ def reference(z, mask, weights, *, node, ending_bias, residual, epsilon):
 
     Rows go from layer norm to output in chunks, so that nothing but the bias spans more rows.
     """
-    bias = _bias((z, mask), weights, node=node, ending_bias=ending_bias, epsilon=epsilon)
+    bias = bias_of_pairs((z, mask), weights, node=node, ending_bias=ending_bias, epsilon=epsilon)
     return _rows((z, bias, mask), weights, node=node, residual=residual, epsilon=epsilon)
-
-
-def _project(arrays, weights, *, node, ending_bias, epsilon):
-    """z [B, N, N, C], mask -> q, k, v [B, I, J, H, D] in attention order, bias [B, H, Q, K]."""
-    z, mask = arrays
-
-    def row(z, mask):
-        return _queries_keys_values(_normed(z, mask, weights, epsilon)[1], weights)
-
-    bias = _bias(arrays, weights, node=node, ending_bias=ending_bias, epsilon=epsilon)
-    return *_over_pairs(row, _oriented(z, node), _oriented(mask, node)), bias
-
-
-def _output(arrays, weights, *, node, residual, epsilon):
-    """o [B, I, J, H, D] in attention order, z [B, N, N, C], mask -> [B, N, N, C]."""
-    o, z, mask = arrays
-
-    def row(z, mask, o):
-        z, x = _normed(z, mask, weights, epsilon)
-        return _gated(o, z, x, weights, residual)
-
-    return _over_pairs(row, z, mask, _oriented(o, node))
 
 
 def _rows_backward(arrays, weights, **static):
@@ -126,9 +62,9 @@ def _rows_backward(arrays, weights, **static):
 
 
 def _bias_backward(arrays, weights, **static):
-    """z, mask, dbias -> dz and the weights' gradients of `_bias`."""
+    """z, mask, dbias -> dz and the weights' gradients of `bias_of_pairs`."""
     z, mask, d_bias = arrays
-    function = partial(_bias, **static)
+    function = partial(bias_of_pairs, **static)
     (dz,), d_weights = _reference.pullback(
         function, (z,), (mask,), weights, d_bias.astype(z.dtype), in_turn=True
     )
@@ -138,6 +74,8 @@ def _bias_backward(arrays, weights, **static):
 class _Stages(NamedTuple):
     project: Callable
     output: Callable
+    output_backward: Callable
+    project_backward: Callable
     rows_backward: Callable
     bias_backward: Callable
 
@@ -150,21 +88,23 @@ def _stages(node: str, ending_bias: str) -> _Stages:
     made = "b h j i" if (node, ending_bias) == ("ending", "unswapped") else "b h i j"
     z, attended, whole = f"{pair} c", "b i j h d", "c h d"
     return _Stages(
-        stage(
-            "attention_project",
-            _project,
-            f"{z}, {pair} -> {attended}, {attended}, {attended}, {made}",
-            whole=whole,
-        ),
-        stage("attention_output", _output, f"{attended}, {z}, {pair} -> {z}", whole=whole),
+        attention_stages.project(z, attended, made, whole),
+        attention_stages.output(z, attended, whole),
+        attention_backward.output(z, attended, whole),
+        attention_backward.project(z, attended, made, whole),
         stage(
             "attention_rows_backward",
             _rows_backward,
             f"{z}, b h q k, {pair}, {attended}, b i h j, {z} -> {z}, b h q k",
             whole=f"{whole} j q k",
+            padded="k",
         ),
         stage(
-            "attention_bias_backward", _bias_backward, f"{z}, {pair}, {made} -> {z}", whole=whole
+            "attention_bias_backward",
+            _bias_backward,
+            f"{z}, {pair}, {made} -> {z}",
+            whole=whole,
+            padded=made[-1],
         ),
     )
 
@@ -198,15 +138,19 @@ def _op(z, mask, weights, static):
 def _run(z, mask, weights, static, *, with_lse):
     stages = STAGES[static.node, static.ending_bias]
     *qkv, bias = stages.project(
-        (z, mask), _pick(weights, PROJECT_GROUPS), **static.only("node", "ending_bias")
+        (z, mask),
+        _pick(weights, attention_stages.PROJECT_GROUPS),
+        **static.only("node", "ending_bias"),
     )
-    operands = (*qkv, bias, _oriented(mask, static.node))
+    operands = (*qkv, bias, oriented(mask, static.node))
     attended = pair_attention.forward(
-        operands, with_lse=with_lse, implementation=static.implementation
+        operands, with_lse=with_lse, folded=True, implementation=static.implementation
     )
     o, lse = attended if with_lse else (attended, None)
     out = stages.output(
-        (o, z, mask), _pick(weights, OUTPUT_GROUPS), **static.only("node", "residual")
+        (o, z, mask),
+        _pick(weights, attention_stages.OUTPUT_GROUPS),
+        **static.only("node", "residual"),
     )
     return out, bias, o, lse
 
@@ -218,6 +162,40 @@ def _op_forward(z, mask, weights, static):
 
 
 def _op_backward(static, residuals, d_out):
+    z, weights = residuals[0], residuals[2]
+    by_stages = not (_dispatch.kernels_absent() or attention_backward.unsupported(z, weights))
+    backward = _backward_by_stages if by_stages else _backward_by_rows
+    dz, d_weights = backward(static, residuals, d_out)
+    return dz, None, _reference.like(d_weights, weights)
+
+
+def _backward_by_stages(static, residuals, d_out):
+    """Kernel after kernel, each over all pairs, so that q, k, v and their gradients exist whole."""
+    z, mask, weights, _, o, lse = residuals
+    stages = STAGES[static.node, static.ending_bias]
+    d_o, d_gate, d_out_weights = stages.output_backward(
+        (o, z, mask, d_out),
+        _pick(weights, attention_backward.OUTPUT_GROUPS),
+        **static.only("node"),
+    )
+    projections = static.only("node", "ending_bias")
+    *qkv, bias = stages.project(
+        (z, mask), _pick(weights, attention_stages.PROJECT_GROUPS), **projections
+    )
+    operands = (*qkv, bias, oriented(mask, static.node))
+    *d_qkv, d_bias = pair_attention.backward(
+        operands, o, lse, d_o, folded=True, implementation=static.implementation
+    )
+    dz, d_weights = stages.project_backward(
+        (z, mask, *d_qkv, d_bias, d_gate, d_out if static.residual else None),
+        _pick(weights, attention_backward.PROJECT_GROUPS),
+        **projections,
+    )
+    return dz, {**d_weights, **d_out_weights}
+
+
+def _backward_by_rows(static, residuals, d_out):
+    """In plain JAX, a chunk of rows at a time from LayerNorm to output, so that memory is small."""
     z, mask, weights, bias, o, lse = residuals
     stages = STAGES[static.node, static.ending_bias]
     dz_rows, d_bias, d_rows = stages.rows_backward(
@@ -230,8 +208,7 @@ def _op_backward(static, residuals, d_out):
     )
     # Both stages read the norm; its gradient is the sum of theirs.
     d_norm = jax.tree.map(jnp.add, d_rows["norm"], d_made["norm"])
-    d_weights = {**d_rows, **d_made, "norm": d_norm}
-    return dz_rows + dz_bias, None, _reference.like(d_weights, weights)
+    return dz_rows + dz_bias, {**d_rows, **d_made, "norm": d_norm}
 
 
 _op.defvjp(_op_forward, _op_backward)

@@ -30,7 +30,7 @@ def _op(z, mask, weights, direction, residual, epsilon, implementation):
 
 def _op_forward(z, mask, weights, direction, residual, epsilon, implementation):
     a, b = _project(z, mask, weights, epsilon, implementation)
-    t = contract.forward(a, b, direction=direction, implementation=implementation)
+    t = contract.forward(a, b, mask, direction=direction, implementation=implementation)
     out = gated_output.forward(
         (z, t, mask),
         _pick(weights, gated_output.GROUPS),
@@ -59,9 +59,9 @@ def _op_backward(direction, residual, epsilon, implementation, residuals, d_out)
     )
     # a and b are twice the size of z: cheaper to make again than to keep.
     a, b = _project(z, mask, weights, epsilon, implementation)
-    da, db = contract.backward(a, b, dt, direction=direction, implementation=implementation)
-    dz_projection, d_projection = gated_projection.backward(
-        (z, mask, da, db),
+    da, db = contract.backward(a, b, dt, mask, direction=direction, implementation=implementation)
+    dz, d_projection = gated_projection.backward(
+        (z, mask, da, db, dz_output),
         _pick(weights, gated_projection.GROUPS),
         epsilon=epsilon,
         implementation=implementation,
@@ -69,7 +69,7 @@ def _op_backward(direction, residual, epsilon, implementation, residuals, d_out)
     # Both stages read the input norm; its gradient is the sum of theirs.
     d_norm = jax.tree.map(jax.numpy.add, d_output["norm_in"], d_projection["norm_in"])
     d_weights = {**d_output, **d_projection, "norm_in": d_norm}
-    return dz_output + dz_projection, None, _reference.like(d_weights, weights)
+    return dz, None, _reference.like(d_weights, weights)
 
 
 _op.defvjp(_op_forward, _op_backward)

@@ -1,0 +1,119 @@
+#include "ffi.h"
+#include "triangle_multiplication/project_backward_sm90.h"
+
+namespace genie {
+namespace {
+
+using xla::ffi::F32;
+using xla::ffi::PRED;
+
+constexpr char kEpsilon[] = "epsilon";
+using Epsilon = Attr<float, kEpsilon>;
+
+Float FloatOf(DataType dtype) {
+  if (dtype == DataType::BF16) return Float::kBf16;
+  return dtype == DataType::F16 ? Float::kF16 : Float::kF32;
+}
+
+// An error unless z has 16 bits, all that is like it has its dtype, and both kernels do, or hold
+// float32.
+Error DtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> like_z,
+                  const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel) {
+  const DataType dtype = z.element_type(), kernel_dtype = proj_kernel.element_type();
+  if (dtype != DataType::BF16 && dtype != DataType::F16) {
+    return Error::InvalidArgument("z must be bfloat16 or float16");
+  }
+  for (const AnyBuffer& buffer : like_z) {
+    if (buffer.element_type() == dtype) continue;
+    return Error::InvalidArgument("da, db, dz_in and dz must have z's dtype");
+  }
+  if (gate_kernel.element_type() != kernel_dtype ||
+      (kernel_dtype != dtype && kernel_dtype != DataType::F32)) {
+    return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
+  }
+  return Error::Success();
+}
+
+Error Launched(const GatedProjectionBackward& given, cudaStream_t stream) {
+  if (Error error = DeviceStatus(); error.failure()) return error;
+  const cudaError_t status = Launch(given, stream);
+  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
+  return Error::InvalidArgument("no kernel serves " + std::to_string(given.forward.channels) +
+                                " channels and " + std::to_string(given.forward.hidden) +
+                                " hidden");
+}
+
+// dz_in, if there, lies where dz goes: Python gives it away.
+Error GatedProjectionBackwardHandler(
+    cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, AnyBuffer da, AnyBuffer db,
+    AnyBuffer dz_in, Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias, AnyBuffer proj_kernel,
+    AnyBuffer gate_kernel, Optional<F32, 1> proj_bias, Optional<F32, 1> gate_bias,
+    Result<AnyBuffer> dz, Result<Buffer<F32, 2>> d_scale, Result<Buffer<F32, 2>> d_bias,
+    Result<Buffer<F32, 3>> d_proj, Result<Buffer<F32, 3>> d_gate,
+    Result<Buffer<F32, 2>> d_proj_bias, Result<Buffer<F32, 2>> d_gate_bias,
+    Result<Buffer<F32, 5>> partials, Epsilon epsilon) {
+  if (z.dimensions().size() != 4 || da.dimensions().size() != 4) {
+    return Error::InvalidArgument("z and da must have 4 dimensions");
+  }
+  const auto padded = [](int64_t size) { return (size + 7) / 8 * 8; };
+  const int64_t batch = z.dimensions()[0], rows = z.dimensions()[1], columns = z.dimensions()[2],
+                channels = z.dimensions()[3], hidden = da.dimensions()[1], width = 2 * hidden,
+                parts = partials->dimensions()[1];
+  const bool adds = dz_in.dimensions().size() == 4;
+  for (const Error& error :
+       {DtypeStatus(z, {da, db, *dz, adds ? dz_in : *dz}, proj_kernel, gate_kernel),
+        ShapeStatus("da and db", {batch, hidden, padded(rows), padded(columns)}, da, db),
+        ShapeStatus("dz_in and dz", {batch, rows, columns, channels}, *dz, adds ? dz_in : *dz),
+        ShapeStatus("mask", {batch, rows, columns}, mask),
+        ShapeStatus("norm_scale and norm_bias", {channels}, norm_scale, norm_bias),
+        ShapeStatus("proj_kernel and gate_kernel", {channels, width}, proj_kernel, gate_kernel),
+        ShapeStatus("proj_bias and gate_bias", {width}, proj_bias, gate_bias),
+        ShapeStatus("gradients of the norm", {batch, channels}, *d_scale, *d_bias),
+        ShapeStatus("gradients of kernels", {batch, channels, width}, *d_proj, *d_gate),
+        ShapeStatus("gradients of biases", {batch, width}, *d_proj_bias, *d_gate_bias),
+        ShapeStatus("partials", {batch, parts, 2, channels + 1, width}, *partials)}) {
+    if (error.failure()) return error;
+  }
+  if (adds && dz_in.untyped_data() != dz->untyped_data()) {
+    return Error::InvalidArgument("dz_in must be aliased to dz");
+  }
+  if (batch == 0) return Error::Success();
+  return Launched({.forward = {.z = z.untyped_data(),
+                               .mask = MaskOrNull(mask),
+                               .a = nullptr,
+                               .b = nullptr,
+                               .dtype = FloatOf(z.element_type()),
+                               .norm_scale = norm_scale.typed_data(),
+                               .norm_bias = norm_bias.typed_data(),
+                               .proj_kernel = proj_kernel.untyped_data(),
+                               .gate_kernel = gate_kernel.untyped_data(),
+                               .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                               .proj_bias = DataOrNull(proj_bias),
+                               .gate_bias = DataOrNull(gate_bias),
+                               .batch = batch,
+                               .rows = rows,
+                               .columns = columns,
+                               .rows_padded = padded(rows),
+                               .columns_padded = padded(columns),
+                               .channels = static_cast<int>(channels),
+                               .hidden = static_cast<int>(hidden),
+                               .epsilon = *epsilon},
+                   .da = da.untyped_data(),
+                   .db = db.untyped_data(),
+                   .dz = dz->untyped_data(),
+                   .adds = adds,
+                   .d_scale = d_scale->typed_data(),
+                   .d_bias = d_bias->typed_data(),
+                   .d_proj = d_proj->typed_data(),
+                   .d_gate = d_gate->typed_data(),
+                   .d_proj_bias = d_proj_bias->typed_data(),
+                   .d_gate_bias = d_gate_bias->typed_data(),
+                   .partials = partials->typed_data(),
+                   .parts = parts},
+                  stream);
+}
+
+const Register<GatedProjectionBackwardHandler> backward("genie_gated_projection_bwd");
+
+}  // namespace
+}  // namespace genie
