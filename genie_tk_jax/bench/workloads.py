@@ -1,5 +1,6 @@
 """What is timed: the inputs of each workload, and how we and a user without us compute it."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import genie_tk_jax
 from genie_tk_jax.bench import plain
 from genie_tk_jax.bench.costs import PASSES, Sizes
-from genie_tk_jax.ops import gated_output, gated_projection, triangle_attention
+from genie_tk_jax.ops import attention_stages, gated_output, gated_projection, triangle_attention
 
 EPSILON = 1e-5
 
@@ -115,7 +116,7 @@ def _draw_core(key, sizes, dtype):
 
 def _draw_attention_output(key, sizes, dtype):
     first, second = jax.random.split(key)
-    groups = triangle_attention.OUTPUT_GROUPS
+    groups = attention_stages.OUTPUT_GROUPS
     pair = _draw_pair(second, sizes, dtype, attention=True, groups=groups)
     o = _normal(first, (sizes.n, sizes.n, sizes.heads, sizes.width), dtype)
     return {"o": o, **pair}
@@ -155,7 +156,9 @@ def _core(inputs, mask, implementation):
 
 def _attention_project(inputs, mask, implementation):
     if implementation == "xla":
-        return plain.project(inputs["z"], inputs["params"])
+        q, k, v, bias = plain.project(inputs["z"], inputs["params"])
+        unit = math.log2(math.e)  # the stage hands the core logits in log2 units
+        return q * (unit / math.sqrt(q.shape[-1])), k, v, bias * unit
     stages = triangle_attention.STAGES["starting", "swapped"]
     results = stages.project(
         (inputs["z"][None], mask[None]),
@@ -165,7 +168,8 @@ def _attention_project(inputs, mask, implementation):
         epsilon=EPSILON,
         implementation=implementation,
     )
-    return tuple(x[0] for x in results)
+    q, k, v, bias = (x[0] for x in results)
+    return q, k, v, bias[..., : k.shape[1]]
 
 
 def _attention_output(inputs, mask, implementation):
@@ -223,7 +227,7 @@ def _layers() -> list[Workload]:
 
 def _stages() -> list[Workload]:
     first = partial(_draw_pair, attention=False, groups=gated_projection.GROUPS)
-    project = partial(_draw_pair, attention=True, groups=triangle_attention.PROJECT_GROUPS)
+    project = partial(_draw_pair, attention=True, groups=attention_stages.PROJECT_GROUPS)
     contractions = [
         Workload("contract", way, _draw_contract, partial(_contract, direction=way), None)
         for way in ("outgoing", "incoming")
