@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import genie_tk_jax
 from genie_tk_jax.bench import plain
 from genie_tk_jax.bench.costs import PASSES, Sizes
-from genie_tk_jax.ops import gated_output, gated_projection, triangle_attention
+from genie_tk_jax.ops import (
+    attention_stages,
+    gated_output,
+    gated_projection,
+    triangle_attention,
+)
 
 EPSILON = 1e-5
 
@@ -115,7 +120,7 @@ def _draw_core(key, sizes, dtype):
 
 def _draw_attention_output(key, sizes, dtype):
     first, second = jax.random.split(key)
-    groups = triangle_attention.OUTPUT_GROUPS
+    groups = attention_stages.OUTPUT_GROUPS
     pair = _draw_pair(second, sizes, dtype, attention=True, groups=groups)
     o = _normal(first, (sizes.n, sizes.n, sizes.heads, sizes.width), dtype)
     return {"o": o, **pair}
@@ -223,7 +228,7 @@ def _layers() -> list[Workload]:
 
 def _stages() -> list[Workload]:
     first = partial(_draw_pair, attention=False, groups=gated_projection.GROUPS)
-    project = partial(_draw_pair, attention=True, groups=triangle_attention.PROJECT_GROUPS)
+    project = partial(_draw_pair, attention=True, groups=attention_stages.PROJECT_GROUPS)
     contractions = [
         Workload("contract", way, _draw_contract, partial(_contract, direction=way), None)
         for way in ("outgoing", "incoming")
