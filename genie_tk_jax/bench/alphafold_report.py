@@ -61,12 +61,12 @@ def compared(rows: Sequence[Row]) -> list[str]:
     stock = [by_name[name] for name in (STOCK, UNCHUNKED) if name in by_name]
     without = min(stock, key=lambda row: row["ms"] or float("inf"), default=None)
     ours = by_name.get(GENIE)
-    timed = without and ours and without["ms"] and ours["ms"]
+    times = [row["ms"] for row in (without, ours) if row and row["ms"]]
     first = rows[0]
     return [
         *(str(first["blocks"]), first["pass"], str(first["n"])),
         *(_cell(without), _cell(ours)),
-        f"{without['ms'] / ours['ms']:.2f}" if timed else report.NOTHING,
+        f"{times[0] / times[1]:.2f}" if len(times) == 2 else report.NOTHING,
         _cell(by_name.get(KERNELS)),
     ]
 

@@ -120,7 +120,7 @@ def _row(options: Any, name: str, sizes: dict[int, int], limit: int, reason: str
         "status": "ok" if closed else "at least",
         "reason": reason,
         "n": fitting,
-        "peak_bytes": sizes.get(fitting),
+        "peak_bytes": fitting and sizes[fitting],
         "next_n": too_large,
-        "next_bytes": sizes.get(too_large),
+        "next_bytes": too_large and sizes[too_large],
     }
