@@ -38,9 +38,9 @@ void TimeOne(const Case& c) {
 std::vector<Case> Cases() {
   std::vector<Case> cases;
   for (Node node : {Node::kStarting, Node::kEnding, Node::kUnswapped}) {
-    for (int64_t n : {1, 2, 63, 64, 77}) cases.push_back({1, n, n, 128, 4, 32, node});
+    for (int64_t n : {1, 2, 45}) cases.push_back({1, n, n, 128, 4, 32, node});
     cases.push_back({1, 129, 129, 128, 4, 32, node, Mask::kRandom, true, true});
-    cases.push_back({2, 33, 70, 64, 4, 16, node});
+    cases.push_back({2, 33, 35, 64, 4, 16, node});
     cases.push_back({3, 70, 5, 64, 1, 64, node, Mask::kEmpty, true, true, false});
     cases.push_back({1, 5, 150, 128, 16, 8, node, Mask::kNone, true, true, false});
   }
@@ -56,11 +56,13 @@ int main(int argc, char** argv) {
            CheckAll<__half>({{1, 70, 5, 64, 4, 16, Node::kUnswapped, Mask::kRandom, true, true}});
   }
   int failures = 0;
-  if (mode != "time") {
+  if (mode != "time" && mode != "large") {
     failures += CheckAll<__nv_bfloat16>(Cases()) + CheckAll<__half>(Cases());
+  }
+  if (mode == "large") {  // offsets beyond 32 bits
     failures += CheckAll<__nv_bfloat16>({{1, 4232, 4232, 128, 4, 32, Node::kEnding}});
   }
-  if (mode != "check") {
+  if (mode != "check" && mode != "large") {
     std::vector<int64_t> sizes = {64, 256, 512, 768, 1024, 2048};
     if (argc > 2) sizes = {std::atol(argv[2])};
     for (Node node : {Node::kStarting, Node::kEnding, Node::kUnswapped}) {
