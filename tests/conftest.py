@@ -4,10 +4,13 @@ import os
 import shutil
 
 # XLA reads its flags when a backend starts, so before the first test imports JAX. Programs here
-# run for milliseconds and compile for seconds: without a GPU they are compiled unoptimised.
+# run for milliseconds and compile for seconds: without a GPU they are compiled unoptimised, with
+# one XLA tries no variants of its own products.
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if shutil.which("nvidia-smi") is None:
     FLAGS.append("--xla_backend_optimization_level=0")
+else:
+    FLAGS.append("--xla_gpu_autotune_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402

@@ -7,6 +7,7 @@ dtype, in the median of five seeds, for results and every gradient.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -104,8 +105,12 @@ def assert_as_exact_as_xla(op: Op, problems: Sequence[Problem]) -> None:
     for given in problems:
         garbage = "z" in given.inputs and given.mask is not None
         clean = reading(given, 0) if garbage else given
-        found = jax.device_get(step(op)(*(reading(given, jnp.nan) if garbage else given)))
-        plain, truth = jax.device_get(step(op, "xla")(*clean)), exact(op, clean)
+        dirty = reading(given, jnp.nan) if garbage else given
+        found, plain, truth = _at_once(
+            lambda dirty=dirty: jax.device_get(step(op)(*dirty)),
+            lambda clean=clean: jax.device_get(step(op, "xla")(*clean)),
+            lambda clean=clean: exact(op, clean),
+        )
         if garbage:
             for _, gradients in (plain, truth):
                 gradients["z"] = np.where(hidden(given), 0, gradients["z"])
@@ -117,6 +122,12 @@ def assert_as_exact_as_xla(op: Op, problems: Sequence[Problem]) -> None:
         if not np.median(ratios) <= ALLOWED * (1 + 2 / math.sqrt(size)):
             worse[name] = [round(float(ratio), 2) for ratio in ratios]
     assert not worse, f"errors as multiples of plain XLA's: {worse}"
+
+
+def _at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """The results of calls that compile, and so wait, beside one another."""
+    with ThreadPoolExecutor() as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def _errors(found: Any, plain: Any, truth: Any) -> dict[tuple[str, int], tuple[float, float]]:

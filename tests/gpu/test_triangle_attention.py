@@ -24,15 +24,17 @@ NODES = {"-".join([node, *how.values()]): {"node": node, **how} for node, how in
 # dtype, N, batch, c_in, no_heads, c_hidden, use_bias, residual
 FORMS = {
     "bfloat16": (jnp.bfloat16, 129, (), 128, 4, 32, True, True),
-    "float16": (jnp.float16, 77, (2,), 64, 2, 64, False, False),
+    "float16": (jnp.float16, 77, (2,), 64, 4, 16, False, False),
+    "wide heads": (jnp.bfloat16, 77, (), 64, 2, 64, True, False),
 }
 OPS = {
     (node, form): layer("triangle_attention", **how, residual=FORMS[form][-1])
     for node, how in NODES.items()
     for form in FORMS
+    if node == "starting" or form != "wide heads"
 }
 layers = pytest.mark.parametrize("node", NODES)
-forms = pytest.mark.parametrize("form", FORMS)
+all_forms = pytest.mark.parametrize("node, form", OPS)
 
 
 def params(seed, c_in, no_heads, c_hidden, use_bias=True):
@@ -51,15 +53,13 @@ def drawn(node, form, seed):
     return problem(OPS[node, form], seed, inputs, mask(seed, n, batch))
 
 
-@layers
-@forms
+@all_forms
 def test_as_exact_as_xla(node, form):
     op = OPS[node, form]
     assert_as_exact_as_xla(op, [drawn(node, form, seed) for seed in SEEDS])
 
 
-@layers
-@forms
+@all_forms
 def test_same_inputs_same_bits(node, form):
     run, given = step(OPS[node, form]), drawn(node, form, 0)
     assert_same_bits(run(*given), run(*given))
