@@ -50,6 +50,7 @@ void TimeOne(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // a killed run still tells how far it came
   using bf16 = __nv_bfloat16;
   const std::string mode = argc > 1 ? argv[1] : "all";
   const bool every = argc <= 2 || std::string(argv[2]) != "one";  // all instantiations are there

@@ -39,34 +39,11 @@ __device__ inline void sync() {
 namespace tma {
 namespace cluster {
 
-// One thread arrives on block `rank`'s semaphore; what it wrote there is visible past wait().
+// One thread tells block `rank` that it has read what that block wrote here.
 __device__ inline void arrive(semaphore& s, int rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(
                    kittens::detail::remote_address(&s, rank))
                : "memory");
-}
-
-// kittens::wait for a semaphore on which other blocks arrive.
-__device__ inline void wait(semaphore& s, int parity) {
-  const auto done = [&] {
-    uint32_t complete;
-    asm volatile(
-        "{\n.reg .pred complete;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n}"
-        : "=r"(complete)
-        : "r"(kittens::detail::shared_address(&s)), "r"(parity)
-        : "memory");
-    return complete != 0;
-  };
-#ifdef GENIE_TRAP_SPINS
-  for (int tries = 0; !done(); ++tries) {
-    if (tries == 1 << 26) __trap();
-  }
-#else
-  while (!done()) {
-  }
-#endif
 }
 
 }  // namespace cluster

@@ -9,14 +9,15 @@ __device__ inline void FenceAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Writes to where block `rank` of the cluster has what this block has at `to`.
-__device__ inline void StoreRemote(uint4* to, int rank, uint4 value) {
-  const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x),
-               "r"(value.y), "r"(value.z), "r"(value.w)
-               : "memory");
+// Writes to where block `rank` of the cluster has what this block has at `to`, and counts the bytes
+// on its semaphore, whose completion makes them visible there.
+__device__ inline void StoreRemote(uint4* to, int rank, uint4 value, kittens::semaphore& arrived) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, "
+      "[%1];" ::"r"(kittens::detail::remote_address(to, rank)),
+      "r"(kittens::detail::remote_address(&arrived, rank)), "r"(value.x), "r"(value.y),
+      "r"(value.z), "r"(value.w)
+      : "memory");
 }
 
 // Keeps the compiler from reading an accumulator before the wait that precedes this call.
@@ -66,12 +67,32 @@ __device__ inline void KeepRows(Tile& tile, const unsigned (&keep)[2]) {
   }
 }
 
-// The sum of x over the lanes that share a row, `lanes` neighbours.
-template <int lanes = 4>
-__device__ inline float RowSum(float x) {
+// Sums each x[i] over the lanes whose numbers differ in these bits.
+template <int... bits, int n>
+__device__ inline void SumOver(float (&x)[n]) {
+  const auto over = [&](int bit) {
 #pragma unroll
-  for (int apart = 1; apart < lanes; apart *= 2) x += __shfl_xor_sync(~0u, x, apart);
-  return x;
+    for (int i = 0; i < n; ++i) x[i] += __shfl_xor_sync(~0u, x[i], bit);
+  };
+  (over(bits), ...);
+}
+
+// Adds the tile to the sums of its rows by a product with ones: sums[0] and [1] are row lane / 4,
+// sums[2] and [3] row lane / 4 + 8, each twice.
+template <typename T>
+__device__ inline void AddRowSums(float (&sums)[4], const kittens::rt<T, 16, 16>& tile) {
+  const auto* a = reinterpret_cast<const unsigned*>(tile.tiles[0][0].data);
+  if constexpr (std::is_same_v<T, kittens::bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3f803f80));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3c003c00));
+  }
 }
 
 // x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,

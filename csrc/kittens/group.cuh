@@ -3,6 +3,7 @@
 
 #include "maps.cuh"
 #include "memory.cuh"
+#include "mma.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -19,6 +20,7 @@ struct group : detail::group_sync<N_WARPS>,
                detail::group_tma<N_WARPS>,
                detail::group_maps<N_WARPS>,
                detail::group_memory<N_WARPS>,
+               detail::group_mma<N_WARPS>,
                detail::group_wgmma<N_WARPS> {};
 
 using warp = group<1>;

@@ -26,6 +26,7 @@ struct alignas(128) st {
   static_assert(rows_ % TILE_DIM == 0 && cols_ % TILE_DIM == 0, "tiles are made of 16 x 16 tiles");
   using T = T_;
   using dtype = T_;
+  using whole = st;
   static constexpr int rows = rows_, cols = cols_, num_elements = rows_ * cols_;
   static constexpr bool swizzle = swizzle_;
   static constexpr int swizzle_bytes =
@@ -58,6 +59,7 @@ template <typename Tile, int rows_, int cols_>
 struct st_subtile {
   using T = typename Tile::T;
   using dtype = T;
+  using whole = Tile;
   static constexpr int rows = rows_, cols = cols_;
   T* data;
   int2 offset;

@@ -19,10 +19,15 @@ __device__ inline uint64_t matrix_descriptor(const Tile& tile) {
 
 // How far step `j` of 16 along the summed dimension lies from the tile's start, in 16 bytes.
 template <typename Tile, bool column_major>
-constexpr uint64_t step_offset(int j) {
+constexpr uint32_t step_offset(int j) {
   constexpr int bytes = Tile::swizzle_bytes, steps = bytes / 32;
   return (column_major ? TILE_DIM * bytes * j : j % steps * 32 + j / steps * Tile::rows * bytes) /
          16;
+}
+
+// Adds in the low word, which holds the address and cannot overflow: the high one stays constant.
+__device__ inline uint64_t advanced(uint64_t descriptor, uint32_t offset) {
+  return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + offset);
 }
 
 template <int N_WARPS>
@@ -94,7 +99,7 @@ struct group_wgmma<WARPGROUP_WARPS> {
     const uint64_t b_start = matrix_descriptor<B, b_column_major>(b);
 #pragma unroll
     for (int j = 0; j < k / TILE_DIM; ++j) {
-      const uint64_t b_step = b_start + step_offset<B, b_column_major>(j);
+      const uint64_t b_step = advanced(b_start, step_offset<B, b_column_major>(j));
       if constexpr (register_tile<A>) {
         static_assert(A::rows == TILE_DIM && A::row_layout && !a_column_major);
         step::template run<b_column_major>(sums,
@@ -103,7 +108,7 @@ struct group_wgmma<WARPGROUP_WARPS> {
       } else {
         static_assert((a_column_major ? A::cols : A::rows) == 64);
         const uint64_t a_step =
-            matrix_descriptor<A, a_column_major>(a) + step_offset<A, a_column_major>(j);
+            advanced(matrix_descriptor<A, a_column_major>(a), step_offset<A, a_column_major>(j));
         step::template run<a_column_major, b_column_major>(sums, a_step, b_step,
                                                            accumulate || j > 0);
       }

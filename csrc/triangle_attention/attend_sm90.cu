@@ -23,7 +23,7 @@ constexpr int kKeys = 64;     // of a tile
 constexpr int kQueries = 64;  // of a tile: the rows of one WGMMA
 constexpr int kRows = 3;      // rows i of a block, each with its consumer warpgroup
 constexpr int kThreads = (kRows + 1) * WARPGROUP_THREADS;
-constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;
+constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
 static_assert(kRows * kConsumerRegisters + kProducerRegisters <= 512);
 static_assert(kRows < WARPGROUP_WARPS, "a producer warp a row, and one for the queries");
 
@@ -31,13 +31,53 @@ constexpr int kChunk = 256;  // keys whose mask is read at once
 constexpr int kWords = kChunk / WARP_THREADS, kTileWords = kKeys / WARP_THREADS;
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kMasked = -0x1p120f;  // added to a masked logit
 // Peaks follow the logits only when a lane's sum passes this, so that most tiles rescale nothing;
 // what is summed stays far from the limits of fp16.
 constexpr float kOutgrown = 256.f;
 
 // What a row makes of a stage.
 enum Kind { kNone = 0, kSome = 1, kAll = 2, kLast = 4 };
+
+// What masks a tile of keys: a product with it adds nothing to the logits of valid keys and a huge
+// negative number to the others, at no cost in issue slots. Lane l of a warp reads words[l / 4],
+// the B operands of an 8-deep product for the keys l / 4 of each 8: low halves for the even ones of
+// these groups of 8 keys, high halves for the odd ones. A operands hold kHuge where B has the half.
+template <typename T>
+struct alignas(16) MaskTile {
+  static constexpr uint32_t kHuge = std::is_same_v<T, bf16> ? 0x5D80 : 0x7BFF;  // 2^60, 65504
+  static constexpr uint32_t kMasked = kHuge | 0x8000;
+  uint16_t halves[8][kKeys / 8];
+
+  __device__ void Set(int key, bool valid) { halves[key % 8][key / 8] = valid ? 0 : kMasked; }
+
+  // logits += those products.
+  template <typename Logits>
+  __device__ void Apply(Logits& s) const {
+    const uint4 raw = *reinterpret_cast<const uint4*>(halves[laneid() / 4]);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int j = 0; j < Logits::width; ++j) {
+      auto& to = s.tiles[0][j].data;
+      Step(to[0], to[1], kHuge, words[j]);
+      Step(to[2], to[3], kHuge << 16, words[j]);
+    }
+  }
+
+ private:
+  static __device__ void Step(float2& d0, float2& d1, uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(d0.x), "+f"(d0.y), "+f"(d1.x), "+f"(d1.y)
+          : "r"(a), "r"(b));
+    } else {
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %4}, {%5}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(d0.x), "+f"(d0.y), "+f"(d1.x), "+f"(d1.y)
+          : "r"(a), "r"(b));
+    }
+  }
+};
 
 template <typename T, int D>
 struct Shape {
@@ -53,10 +93,11 @@ struct Shape {
     Bias bias[kStages][kTiles];
     Queries q[kRows][kTiles];
     Keys k[kStages][kRows], v[kStages][kRows];
-    sv_fl<kKeys> mask[kStages][kRows];  // 0 or kMasked, where the row's kind is kSome
+    MaskTile<T> mask[kStages][kRows];  // where the row's kind is kSome
     int kind[kStages][kRows];
     alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
-    semaphore arrived[kStages], finished[kStages], q_arrived[kRows], q_finished[kRows];
+    semaphore arrived[kStages], finished[kStages];
+    semaphore q_arrived[kRows][kTiles], q_finished[kRows][kTiles];
   };
   static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY);
 };
@@ -110,6 +151,19 @@ __device__ inline float QuadSum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// 2^x on the multiply-add pipe: 2^n by the exponent's bits and 2^f, |f| <= 1/2, by a polynomial of
+// relative error 9e-5, well under the rounding of the weights to 16 bits.
+__device__ inline float Exp2Polynomial(float x) {
+  constexpr float kShift = 0x1.8p23f;  // leaves n in the low bits of the sum
+  x = fmaxf(x, -126.f);
+  const float shifted = x + kShift, f = x - (shifted - kShift);
+  const float y = fmaf(fmaf(fmaf(f, 0.05550410866f, 0.2402264923f), f, 0.6931471825f), f, 1.f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+}
+
+#ifndef POLY
+#define POLY 0
+#endif
 // p = 2^(factor s - peak), rounded; returns what the lane's columns sum to in both of its rows.
 template <typename P, typename Logits>
 __device__ float2 Exponentiate(P& p, const Logits& s, float factor, float2 peak) {
@@ -119,14 +173,41 @@ __device__ float2 Exponentiate(P& p, const Logits& s, float factor, float2 peak)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float offset = k % 2 ? -peak.y : -peak.x;
-      const float2 x = s.tiles[0][j].data[k];
-      const float2 y = {Exp2(fmaf(x.x, factor, offset)), Exp2(fmaf(x.y, factor, offset))};
+      float2 x = s.tiles[0][j].data[k];
+      x = {fmaf(x.x, factor, offset), fmaf(x.y, factor, offset)};
+      const bool polynomial = POLY > 0 && (4 * j + k) % (POLY > 0 ? POLY : 1) == 1;
+      const float2 y = {Exp2(x.x), polynomial ? Exp2Polynomial(x.y) : Exp2(x.y)};
       sums[k % 2] = base_ops::sum::op(sums[k % 2], y);
       p.tiles[0][j].data[k] = base_types::convertor<typename P::dtype, float2>::convert(y);
     }
   }
   return {sums[0].x + sums[0].y, sums[1].x + sums[1].y};
 }
+
+// Lets the warps that share a scheduler exponentiate one after the other, each at the full rate of
+// the special-function unit, while the products of the others are on their way. All take as many
+// turns, row by row.
+struct Turns {
+  int own, next;  // named barriers: a warp waits at its own, the one before it arrives there
+  __device__ explicit Turns(int row) {
+    constexpr int kFirst = 2;
+    own = kFirst + WARPGROUP_WARPS * row + warpgroup::warpid();
+    next = row + 1 < kRows ? own + WARPGROUP_WARPS : kFirst + warpgroup::warpid();
+    if (row == kRows - 1) Pass();
+  }
+  __device__ void Wait() const {
+    asm volatile("bar.sync %0, %1;" ::"r"(own), "n"(2 * WARP_THREADS) : "memory");
+  }
+  __device__ void Pass() const { PassAfter(0.f); }
+  // Not before `sum`, which is not negative, is known: nothing else would keep them in order.
+  __device__ void PassAfter(float sum) const {
+    asm volatile(
+        "{\n.reg .pred known;\nsetp.geu.f32 known, %2, 0f00000000;\n@known bar.arrive %0, %1;\n}" ::
+            "r"(next),
+        "n"(2 * WARP_THREADS), "f"(sum)
+        : "memory");
+  }
+};
 
 // The unnormalised output of a warp's 16 queries, each row relative to 2^peak.
 template <typename Sums>
@@ -168,15 +249,15 @@ struct Softmax {
 
   // p = the weights of logits s, and their total.
   template <typename P, typename Logits>
-  __device__ void Add(P& p, const Logits& s, float factor, bool first) {
+  __device__ void Add(P& p, const Logits& s, float factor, bool first, const Turns& turns) {
     float2 sums = {INFINITY, INFINITY};
-    bool outgrown = first;
-    while (true) {
+    turns.Wait();
+    for (bool outgrown = first;; outgrown = true) {
       if (outgrown) Raise(s, factor, sums);
       sums = Exponentiate(p, s, factor, peak);
-      outgrown = __any_sync(~0u, fmaxf(sums.x, sums.y) > kOutgrown);
-      if (!outgrown) break;
+      if (!__any_sync(~0u, fmaxf(sums.x, sums.y) > kOutgrown)) break;
     }
+    turns.PassAfter(sums.x + sums.y);
     total.x += sums.x, total.y += sums.y;
   }
 };
@@ -186,22 +267,22 @@ struct Softmax {
 template <typename T, int D>
 __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared, int row) {
   using S = Shape<T, D>;
-  const int64_t keys = g.given.keys;
-  const int tiles = (keys + kKeys - 1) / kKeys, lane = laneid();
+  const int keys = g.given.keys, tiles = (keys + kKeys - 1) / kKeys, lane = laneid();
   Ring<S::kStages> ring;
   int chunk_parity = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
-    const int64_t pair_row = unit.batch * g.given.rows + unit.row + row;
-    const bool exists = unit.row + row < g.given.rows;
-    const uint8_t* mask = g.given.mask ? g.given.mask + pair_row * keys : nullptr;
+    const int rows = g.given.rows, pair_row = unit.batch * rows + unit.row + row;
+    const int own_keys = unit.row + row < rows ? keys : 0;
 
     const auto scan = [&](int chunk) {
       chunk_parity ^= 1;
+      const int first = chunk * kChunk + lane;
+      const uint8_t* mask = g.given.mask + (int64_t{pair_row} * keys + first);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const int64_t key = int64_t{chunk} * kChunk + i * WARP_THREADS + lane;
-        const bool valid = exists && key < keys && (!mask || __ldg(mask + key));
+        bool valid = first + i * WARP_THREADS < own_keys;
+        if (valid && g.given.mask) valid = __ldg(mask + i * WARP_THREADS);
         const unsigned word = __ballot_sync(~0u, valid);
         if (lane == 0) shared.valid[chunk_parity][row][i] = word;
       }
@@ -232,8 +313,8 @@ __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& s
       wait(shared.finished[ring.stage], ring.parity ^ 1);
       if (kind == kSome) {
         auto& to = shared.mask[ring.stage][row];
-        to[lane] = own.x >> lane & 1 ? 0.f : kMasked;
-        to[lane + WARP_THREADS] = own.y >> lane & 1 ? 0.f : kMasked;
+        to.Set(lane, own.x >> lane & 1);
+        to.Set(lane + WARP_THREADS, own.y >> lane & 1);
       }
       __syncwarp();
       if (lane == 0) {
@@ -245,9 +326,8 @@ __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& s
         if (kind) {
           auto& k = shared.k[ring.stage][row];
           auto& v = shared.v[ring.stage][row];
-          const int i = static_cast<int>(pair_row);
-          tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {i, tile, unit.head, 0}, arrived);
-          tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {i, tile, unit.head, 0}, arrived);
+          tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {pair_row, tile, unit.head, 0}, arrived);
+          tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {pair_row, tile, unit.head, 0}, arrived);
         }
         for (int t = 0; with_bias && t < unit.tiles; ++t) {
           tma::load_async(shared.bias[ring.stage][t], g.bias,
@@ -261,21 +341,23 @@ __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& s
   }
 }
 
-// One thread: the queries of every row of the block.
+// One thread: the queries of every row of the block, each tile as soon as its last is read.
 template <typename T, int D>
 __device__ void LoadQueries(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared) {
-  int parity = 1;
-  for (int n = blockIdx.x; n < g.units; n += gridDim.x, parity ^= 1) {
+  using S = Shape<T, D>;
+  unsigned parities = ~0u;  // a bit a tile of a row
+  for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
-    for (int row = 0; row < kRows; ++row) {
-      if (unit.row + row >= g.given.rows) continue;
-      wait(shared.q_finished[row], parity);
-      tma::expect_bytes(shared.q_arrived[row], unit.tiles * sizeof(typename Shape<T, D>::Queries));
-      const int i = static_cast<int>(unit.batch * g.given.rows + unit.row + row);
-      for (int t = 0; t < unit.tiles; ++t) {
+    for (int t = 0; t < unit.tiles; ++t) {
+      for (int row = 0; row < kRows && unit.row + row < g.given.rows; ++row) {
+        const int bit = row * S::kTiles + t;
+        wait(shared.q_finished[row][t], parities >> bit & 1);
+        parities ^= 1u << bit;
+        tma::expect(shared.q_arrived[row][t], shared.q[row][t]);
+        const int i = static_cast<int>(unit.batch * g.given.rows + unit.row + row);
         tma::load_async<dim::DEPTH, NORMAL>(shared.q[row][t], g.q,
                                             {i, unit.query / kQueries + t, unit.head, 0},
-                                            shared.q_arrived[row]);
+                                            shared.q_arrived[row][t]);
       }
     }
   }
@@ -309,47 +391,100 @@ __device__ void Store(const PairAttention& given, State& state, int64_t pair_row
   }
 }
 
+// The bias of a warp's 16 queries becomes the first logits by a product with a diagonal matrix,
+// which neither unpacks nor scales in registers. Both are multiplied by the root if q and bias are
+// not in units of the logit: in two terms, as T may not hold it.
+template <typename T>
+struct BiasProduct {
+  uint32_t scale[4];  // an A operand
+  uint32_t rest;      // two of four registers of another; the others are zero
+  bool exact;         // all of the rest is zero
+  uint32_t offset;    // of the lane's row of the matrices that it loads
+
+  __device__ explicit BiasProduct(float root) {
+    using convert = base_types::convertor<T, float>;
+    const T rounded = convert::convert(root);
+    const float left = root - base_types::convertor<float, T>::convert(rounded);
+    scale[0] = scale[3] = Diagonal(rounded), scale[1] = scale[2] = 0;
+    rest = Diagonal(convert::convert(left));
+    exact = left == 0;
+    for (uint32_t& word : scale) Keep(word);
+    const int lane = laneid(), row = 16 * warpgroup::warpid() + lane % 16;
+    offset = row * 2 * kKeys + ((lane / 16 ^ lane % 8) << 4);
+    Keep(offset);
+  }
+
+  // s = root * bias.
+  template <typename Logits, typename Bias>
+  __device__ void Start(Logits& s, const Bias& bias) const {
+    static_assert(Bias::swizzle_bytes == 128 && Bias::cols == kKeys);
+    const uint32_t start = kittens::detail::shared_address(bias.data) + offset;
+    warp::zero(s);
+    Add(s, scale, start);
+    if (!exact) Add(s, {rest, 0, 0, rest}, start);
+  }
+
+ private:
+  template <typename Logits>
+  static __device__ void Add(Logits& s, const uint32_t (&a)[4], uint32_t start) {
+#pragma unroll
+    for (int j = 0; j < Logits::width; ++j) {
+      uint32_t b[4];
+      kittens::detail::load_matrices<true>(b, start ^ (j << 5));
+      auto& to = s.tiles[0][j].data;
+      kittens::detail::mma_step<T>(to[0], to[1], a, b[0], b[1], to[0], to[1]);
+      kittens::detail::mma_step<T>(to[2], to[3], a, b[2], b[3], to[2], to[3]);
+    }
+  }
+  static __device__ uint32_t Diagonal(T x) {
+    const uint32_t bits = reinterpret_cast<const uint16_t&>(x);
+    const int column = laneid() / 4 - laneid() % 4 * 2;
+    return column == 0 ? bits : column == 1 ? bits << 16 : 0;
+  }
+  // What the compiler cannot make again it keeps in its register.
+  static __device__ void Keep(uint32_t& word) { asm volatile("" : "+r"(word)); }
+};
+
 // Consumer warpgroup `row` of the block.
 template <typename T, int D>
 __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared, int row) {
   using S = Shape<T, D>;
-  const bool folded = g.given.folded, with_bias = g.given.bias;
-  const float root = sqrtf(float(D)), factor = folded ? 1.f : kLog2E / root;
+  using Logits = typename S::Logits;
+  // Logits are in units of q . k until they are exponentiated.
+  const float root = g.given.folded ? 1.f : sqrtf(float(D));
+  const float factor = g.given.folded ? 1.f : kLog2E / root;
+  const BiasProduct<T> bias_product(root);
+  const Turns turns(row);
   Ring<S::kStages> ring;
-  int q_parity = 0;
+  unsigned q_parities = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
     const bool exists = unit.row + row < g.given.rows;
     Softmax<typename S::Sums> softmax[S::kTiles];
 #pragma unroll
     for (auto& state : softmax) state.Clear();
-    if (exists) wait(shared.q_arrived[row], q_parity), q_parity ^= 1;
 
-    bool first = true;
+    bool first = true, q_finished = false;
     while (true) {
       wait(shared.arrived[ring.stage], ring.parity);
-      const int kind = shared.kind[ring.stage][row];
+      const int kind = __shfl_sync(~0u, shared.kind[ring.stage][row], 0);
       if (kind & (kSome | kAll)) {
+        q_finished = kind & kLast;
 #pragma unroll
         for (int t = 0; t < S::kTiles; ++t) {
           if (t < unit.tiles) {
-            typename S::Logits s;
-            if (with_bias) {
-              warpgroup::load(s, shared.bias[ring.stage][t]);
-              if (!folded) warp::mul(s, s, root);
-            } else {
-              warp::zero(s);
-            }
-            if (kind & kSome) {
-              row_vec<typename S::Logits> mask;
-              warp::load(mask, shared.mask[ring.stage][row]);
-              warp::add_col(s, s, mask);
-            }
+            Logits s;
+            bias_product.Start(s, shared.bias[ring.stage][t]);
+            if (kind & kSome) shared.mask[ring.stage][row].Apply(s);
+            if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
             warpgroup::mma_ABt(s, shared.q[row][t], shared.k[ring.stage][row]);
             warpgroup::mma_async_wait();
             Pin(s);
+#pragma unroll
+            for (auto& state : softmax) Pin(state.o);
+            if (q_finished) warp::arrive(shared.q_finished[row][t]);
             rt<T, 16, kKeys> p;
-            softmax[t].Add(p, s, factor, first);
+            softmax[t].Add(p, s, factor, first, turns);
             warpgroup::mma_AB(softmax[t].o, p, shared.v[ring.stage][row]);
           }
         }
@@ -357,16 +492,20 @@ __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& 
         warpgroup::mma_async_wait();
 #pragma unroll
         for (auto& state : softmax) Pin(state.o);
+      } else {
+        for (int t = 0; t < unit.tiles; ++t) turns.Wait(), turns.Pass();
       }
-      warp::sync();
       warp::arrive(shared.finished[ring.stage]);
       ring.Advance();
       if (kind & kLast) break;
     }
-    if (exists) warp::arrive(shared.q_finished[row]);
+
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {
       if (exists && t < unit.tiles) {
+        if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
+        if (!q_finished) warp::arrive(shared.q_finished[row][t]);
+        q_parities ^= 1u << t;
         Store<T, D>(g.given, softmax[t], unit.batch * g.given.rows + unit.row + row, unit.head,
                     unit.query + kQueries * t);
       }
@@ -384,14 +523,19 @@ __global__ __launch_bounds__(kThreads, 1) void Attend(const __grid_constant__ Gl
       init_semaphore(shared.arrived[s], kRows);
       init_semaphore(shared.finished[s], kRows * WARPGROUP_WARPS);
     }
-    for (int row = 0; row < kRows; ++row) {
-      init_semaphore(shared.q_arrived[row], 1);
-      init_semaphore(shared.q_finished[row], WARPGROUP_WARPS);
+    for (int i = 0; i < kRows * Shape<T, D>::kTiles; ++i) {
+      init_semaphore(shared.q_arrived[0][i], 1);
+      init_semaphore(shared.q_finished[0][i], WARPGROUP_WARPS);
     }
+  }
+  if (!g.given.bias) {  // an absent bias is zero
+    auto* words = reinterpret_cast<uint4*>(shared.bias);
+    for (int i = threadIdx.x; i < sizeof(shared.bias) / sizeof(uint4); i += kThreads) words[i] = {};
   }
   everyone::sync(0);
 
-  if (warpgroupid() == kRows) {
+  const int group = __shfl_sync(~0u, warpgroupid(), 0);  // known to be the same for all lanes
+  if (group == kRows) {
     warpgroup::decrease_registers<kProducerRegisters>();
     if (warpgroup::warpid() < kRows) {
       LoadKeys<T, D>(g, shared, warpgroup::warpid());
@@ -400,7 +544,7 @@ __global__ __launch_bounds__(kThreads, 1) void Attend(const __grid_constant__ Gl
     }
   } else {
     warpgroup::increase_registers<kConsumerRegisters>();
-    AttendRow<T, D>(g, shared, warpgroupid());
+    AttendRow<T, D>(g, shared, group);
   }
 }
 

@@ -19,9 +19,6 @@ namespace {
 
 using namespace kittens;
 
-constexpr int kHeads = 16;  // columns of the bias product, of which H are used
-constexpr float kLog2E = 1.4426950408889634f;
-
 // Sizes by channels; chunks divide 3 H D / 64, which is 3, 6 or 12.
 template <typename T, int C>
 struct Shape {
@@ -82,30 +79,13 @@ __device__ void FillParameters(typename Shape<T, C>::Shared& shared, const Globa
                                        : given.v_kernel;
     return static_cast<const Stored*>(kernel) + at % tensor_chunks * kHidden;
   });
-  const auto* bias_kernel = static_cast<const Stored*>(given.bias_kernel);
-  for (int i = threadIdx.x; i < C * kHeads; i += kThreads) {
-    const int channel = i / kHeads, head = i % kHeads;
-    float weight = 0;
-    if (head < given.heads) {
-      weight =
-          base_types::convertor<float, Stored>::convert(bias_kernel[channel * given.heads + head]);
-    }
-    shared.bias_weight[{channel, head}] = base_types::convertor<T, float>::convert(weight);
-  }
+  FillBiasWeight<kThreads>(shared.bias_weight, static_cast<const Stored*>(given.bias_kernel),
+                           given.heads, 1.f);
   for (int i = threadIdx.x; i < C; i += kThreads) {
     shared.norm_scale[i] = given.norm_scale[i];
     shared.norm_bias[i] = given.norm_bias[i];
   }
   FenceAsyncProxy();
-}
-
-// Whether this lane's pair `i` is valid.
-template <typename T, int C>
-__device__ bool Valid(const Globals<T, C>& g, const Place& at, int i) {
-  const int column = at.position(i);
-  if (!g.given.mask || column >= g.columns) return true;
-  const int64_t row = g.given.ending ? column : at.row, other = g.given.ending ? at.row : column;
-  return g.given.mask[(at.batch * g.given.rows + row) * g.given.columns + other] != 0;
 }
 
 // Stages the transposed bias of a tile for one store of rows of keys; pads are zero.
@@ -205,7 +185,10 @@ __global__ __launch_bounds__(S::kThreads, 1) void Project(const __grid_constant_
         warp::arrive(shared.finished[n % S::kTurns]);
         LayerNorm<T, C>(x, z, shared.norm_scale, shared.norm_bias, g.given.epsilon);
         bool garbage[2];
-        ReplaceGarbage(x, shared.norm_bias, garbage, [&](int i) { return Valid(g, at, i); });
+        ReplaceGarbage(x, shared.norm_bias, garbage, [&](int i) {
+          return IsValid(g.given.mask, ending, at.batch, g.given.rows, g.given.columns, at.row,
+                         at.position(i));
+        });
       }
 
       if (first_chunk == 0) {

@@ -1,9 +1,9 @@
 // What each warpgroup of the gated projection's backward does with its tiles of pairs.
 //   Gate, one of them, multiplies x by the weights, makes dp in place of da or db, and ds, and from
-//     its registers dx = dp Wp' + ds Wg'; every other tile it adds the other block's part of dx and
-//     goes back through LayerNorm, for the rest it gives its part away.
-//   Sum, two of them, add x^T dp and x^T ds to their registers, and the column sums; meanwhile they
-//     normalise z two tiles ahead, in place, and refill the rings.
+//     them dx = dp Wp' + ds Wg', of which it hands on half of the rows to the other block.
+//   Sum, two of them, add x^T dp and x^T ds to their registers, and the column sums; they normalise
+//     z two tiles ahead, in place, go back through LayerNorm with both parts of dx, in place of x,
+//     and refill the rings.
 //
 // x has unit variance here: the norm's scale is folded into the weights and its bias into theirs.
 // The weights are halved, so that with t = tanh(gate) and p = proj, 2 dp = da (1 + t) and
@@ -37,6 +37,7 @@ struct BackwardShape {
   using Weight = st<T, C, kHidden>;
   using Chunk = st<T, kHidden, kPairs>;
   using Gradient = st<T, kSlice, kPairs>;
+  using Half = st<T, kPairs / 2, 64>;  // of a column group of x, which then holds dz
 
   struct Shared {
     struct {
@@ -50,12 +51,15 @@ struct BackwardShape {
       } gradient;
       float scratch[2][kThreads / 16][kSlice];
     };
-    Pairs dz;  // the other block's part of dx, as its threads hold it, then dz
-    sv_fl<2 * kHidden> bias[kChunks];          // gate, proj
-    float inverse_deviation[kStages][kPairs];  // zero where masked
-    semaphore z_arrived[kStages], x_ready[kStages], x_left[kStages];
-    semaphore upstream_arrived[kTurns], gradient_ready[kTurns], gradient_left[kTurns];
-    semaphore part_arrived, part_left;
+    // dx as Gate's threads hold it, by its warps: two warps' rows and then the other block's part
+    // of them, or all four warps' rows where there is no other block.
+    uint4 dx[WARPGROUP_WARPS][C / 16][WARP_THREADS];
+    sv_fl<2 * kHidden> bias[kChunks];         // gate, proj
+    float inverse_deviation[kTurns][kPairs];  // zero where masked
+    float totals[2][kSlice];                  // column sums of 2 dp and 2 ds
+    semaphore z_arrived[kStages], x_ready[kStages], upstream_arrived[kTurns], gradient_ready[2];
+    semaphore dx_ready, dx_left;        // of this block
+    semaphore part_arrived, part_left;  // part of the other's dx here, of this one's there
   };
   static_assert(sizeof(Shared) <= MAX_SHARED_MEMORY);
 };
@@ -65,7 +69,8 @@ struct BackwardGlobals {
   using S = BackwardShape<T, C>;
   using PairTensor = gl<T, 1, -1, -1, C, typename S::Pairs>;  // [1, B I, K, C]
   using Upstream = gl<T, -1, -1, -1, -1, tma::descriptor<typename S::Chunk, dim::DEPTH>>;
-  PairTensor z, dz;
+  PairTensor z;
+  gl<T, 1, -1, -1, C, typename S::Half> dz;
   Upstream da, db;  // [B, Hm, Ip, Kp]
   GatedProjectionBackward given;
   int tiles, column_tiles;  // of one batch entry, and of one row
@@ -74,54 +79,14 @@ struct BackwardGlobals {
 };
 
 // A block's work: tiles first, first + step, ... of one batch entry, for one slice of the hidden
-// columns. The `members` blocks that share the tiles finish them in turn.
+// columns. Of two members that share the tiles, each finishes half of the rows.
 struct Share {
   int batch, first, step, count, members, rank, slice;
-  __device__ bool finishes(int n) const { return n % members == rank; }
 };
 
 struct Position {
   int batch, row, any_row, column_tile;
 };
-
-// dz = (dx - mean(dx) - x mean(x dx)) / deviation of a warp's 16 rows, dx being the gradient of x.
-template <typename T, int C>
-__device__ inline void LayerNormBackward(st<T, kPairs, C>& dz, st<T, kPairs, C>& x,
-                                         rt_fl<16, C>& dx,
-                                         const float (&inverse_deviation)[kPairs]) {
-  const int warp = warpgroup::warpid(), row = 16 * warp + laneid() / 4;
-  rt_fl<16, 16> values;
-  float mean[2] = {}, along[2] = {};
-#pragma unroll
-  for (int j = 0; j < C / 16; ++j) {
-    warp::load(values, x.template subtile<16, 16>({warp, j}));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
-      mean[k % 2] += d.x + d.y;
-      along[k % 2] += d.x * v.x + d.y * v.y;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    mean[i] = RowSum(mean[i]) * (1.f / C), along[i] = RowSum(along[i]) * (1.f / C);
-  }
-  const float scale[2] = {inverse_deviation[row], inverse_deviation[row + 8]};
-#pragma unroll
-  for (int j = 0; j < C / 16; ++j) {
-    warp::load(values, x.template subtile<16, 16>({warp, j}));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int i = k % 2;
-      const float2 d = dx.tiles[0][j].data[k], v = values.tiles[0][0].data[k];
-      values.tiles[0][0].data[k] = {scale[i] * (d.x - mean[i] - v.x * along[i]),
-                                    scale[i] * (d.y - mean[i] - v.y * along[i])};
-    }
-    auto block = dz.template subtile<16, 16>({warp, j});
-    warp::store(block, values);
-  }
-  FenceAsyncProxy();
-}
 
 template <typename T, int C>
 struct Block {
@@ -139,12 +104,16 @@ struct Block {
             tile % g.column_tiles};
   }
 
-  // Whether row `row` of tile n is a valid pair.
-  __device__ unsigned Valid(const Position& at, int row) const {
+  // Whether rows `row` and `row` + `apart` of tile n are valid pairs; of no tile, none.
+  __device__ void LoadValid(unsigned (&valid)[2], int n, int row, int apart) const {
     const GatedProjection& p = g.given.forward;
-    const int column = kPairs * at.column_tile + row;
-    if (column >= p.columns) return 0;
-    return p.mask ? __ldg(p.mask + int64_t{at.any_row} * p.columns + column) : 1;
+    const Position at = Locate(n);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = kPairs * at.column_tile + row + i * apart;
+      valid[i] = n < share.count && column < p.columns;
+      if (valid[i] && p.mask) valid[i] = __ldg(p.mask + int64_t{at.any_row} * p.columns + column);
+    }
   }
 
   // One thread asks for z of tile n, or for its da or db.
@@ -169,73 +138,40 @@ struct Block {
           {at.batch, first ? chunk : chunk - half, at.row, at.column_tile}, arrived);
     }
   }
-  // The same where tile n lay, once all have left it.
+  // The same where tile n lay, for the thread that stored its dz.
   __device__ void Refill(int n) const {
-    if (n + S::kTurns >= share.count) return;
-    wait(shared.x_left[n % S::kStages], n / S::kStages % 2);
-    wait(shared.gradient_left[n % S::kTurns], n / S::kTurns % 2);
-    LoadUpstream(n + S::kTurns);
-    if (n + S::kStages < share.count) LoadPairs(n + S::kStages);
-  }
-
-  // Where this lane keeps 16-byte piece j of its part of dx: in the rows of dz that
-  // its own warp will write.
-  __device__ uint4* Piece(int j) const {
-    constexpr int kWarpPieces = 16 * 64 * sizeof(T) / sizeof(uint4);  // 16 rows of a column group
-    return reinterpret_cast<uint4*>(shared.dz.data) +
-           (j / 4 * WARPGROUP_WARPS + warpgroup::warpid()) * kWarpPieces + j % 4 * WARP_THREADS +
-           laneid();
-  }
-  // Gives this block's part of dx to the one that finishes tile n.
-  __device__ void Send(int n, const rt_fl<16, C>& dx) const {
-    tma::cluster::wait(shared.part_left, n / 2 % 2 ^ 1);
-#pragma unroll
-    for (int j = 0; j < C / 16; ++j) {
-      uint4 raw;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        reinterpret_cast<Packed*>(&raw)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
-      }
-      StoreRemote(Piece(j), share.rank ^ 1, raw);
-    }
-    warp::sync();
-    if (laneid() == 0) tma::cluster::arrive(shared.part_arrived, share.rank ^ 1);
-  }
-  __device__ void Receive(int n, rt_fl<16, C>& dx) const {
-    tma::cluster::wait(shared.part_arrived, n / 2 % 2);
-#pragma unroll
-    for (int j = 0; j < C / 16; ++j) {
-      const uint4 raw = *Piece(j);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        auto& d = dx.tiles[0][j].data[k];
-        d = base_ops::sum::op(d, Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]));
-      }
-    }
-    warp::sync();
-  }
-
-  // Once the last dz has left for global memory its place is free: for the other block's part.
-  __device__ void FreeUpdate() const {
-    if (warpgroup::laneid() == 0) {
+    if (n + S::kTurns < share.count) LoadUpstream(n + S::kTurns);
+    if (n + S::kStages < share.count) {
       tma::store_async_read_wait();
-      if (share.members > 1) tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+      LoadPairs(n + S::kStages);
     }
-    if (share.members == 1) warpgroup::sync(1);
   }
-  __device__ void Finish(int n, rt_fl<16, C>& dx) const {
-    if (share.members > 1) Receive(n, dx);
-    LayerNormBackward<T, C>(shared.dz, shared.x[n % S::kStages], dx,
-                            shared.inverse_deviation[n % S::kStages]);
-    warpgroup::sync(1);
-    if (warpgroup::laneid() == 0) {
-      const Position at = Locate(n);
-      if (g.adds) {
-        tma::store_add_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
-      } else {
-        tma::store_async(g.dz, shared.dz, {at.any_row, at.column_tile, 0});
+
+  // Hands a warp's 16 rows of dx to the Sum warps of the block that finishes them.
+  __device__ void HandOver(int n, const rt_fl<16, C>& dx) const {
+    const int warp = warpgroup::warpid();
+    const bool here = share.members == 1 || warp / 2 == share.rank;
+    auto& pieces = shared.dx[share.members == 1 ? warp : here ? warp % 2 : 2 + warp % 2];
+    if (n > 0) wait(here ? shared.dx_left : shared.part_left, (n - 1) % 2);
+    const auto piece = [&](int j) {
+      uint4 packed;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        reinterpret_cast<Packed*>(&packed)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
+      }
+      return packed;
+    };
+    if (here) {
+#pragma unroll
+      for (int j = 0; j < C / 16; ++j) pieces[j][laneid()] = piece(j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < C / 16; ++j) {
+        StoreRemote(&pieces[j][laneid()], share.rank ^ 1, piece(j), shared.part_arrived);
       }
     }
+    warp::sync();
+    warp::arrive(shared.dx_ready);
   }
 
   // 2 dp and 2 ds of 16 hidden columns, to shared memory as [hidden, pairs].
@@ -273,14 +209,11 @@ struct Block {
     rt_fl<16, C> dx;
     wait(shared.x_ready[0], 0);
     Project(both, 0, 0);
+    const int row = 16 * warpgroup::warpid() + laneid() / 4;
+    unsigned valid[2], next_valid[2];
+    LoadValid(valid, 0, row, 8);
     for (int n = 0; n < share.count; ++n) {
-      unsigned valid[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        valid[i] = Valid(Locate(n), 16 * warpgroup::warpid() + laneid() / 4 + 8 * i);
-      }
       wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
-      if (n >= 2) wait(shared.gradient_left[(n - 2) % S::kTurns], (n - 2) / S::kTurns % 2);
       const auto gate = [&](int chunk) {
         warpgroup::mma_async_wait();
         Pin(both);
@@ -297,8 +230,9 @@ struct Block {
       Project(both, n, 1);
       warpgroup::mm_AtBt(dx, proj[0], shared.weight[0].proj);
       warpgroup::mma_AtBt(dx, gates[0], shared.weight[0].gate);
+      LoadValid(next_valid, n + 1, row, 8);
       gate(1);
-      if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % S::kTurns]);
+      if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % 2]);
       warpgroup::mma_AtBt(dx, proj[1], shared.weight[1].proj);
       warpgroup::mma_AtBt(dx, gates[1], shared.weight[1].gate);
       // The last one multiplies what lies there, for nothing.
@@ -306,63 +240,64 @@ struct Block {
       Project(both, n + 1, 0);
       warpgroup::mma_async_wait<1>();
       Pin(dx);
-      if (share.finishes(n)) {
-        if (share.members == 1) FreeUpdate();
-        Finish(n, dx);
-      } else {
-        if (n > 0) FreeUpdate();
-        Send(n, dx);
-      }
-      warp::sync();
-      warp::arrive(shared.x_left[n % S::kStages]);
+      HandOver(n, dx);
+      valid[0] = next_valid[0], valid[1] = next_valid[1];
     }
     warpgroup::mma_async_wait();
-    warpgroup::tma::store_async_wait();
   }
+
+  // The first of the two rows, 32 apart, that a Sum thread normalises.
+  __device__ static int SumRow() { return threadIdx.x % S::kSumThreads / 8; }
 
   // x = (z - mean) / deviation in place of tile n by all Sum threads, eight lanes a row; zero in
   // masked rows, whatever z holds there.
-  __device__ void Normalize(int n) const {
-    constexpr int kRowLanes = 8, kGroups = C / 64;
+  __device__ void Normalize(int n, const unsigned (&valid)[2]) const {
+    constexpr int kGroups = C / 64, kPacked = 4 * kGroups;
     auto& tile = shared.x[n % S::kStages];
-    const int thread = threadIdx.x % S::kSumThreads;
-    const Position at = Locate(n);
+    uint4 raw[2][kGroups];
+    float mean[2] = {}, variance[2] = {};
+    T* const start = &tile[{SumRow(), static_cast<int>(threadIdx.x) % 8 * 8}];
+    const auto place = [&](int r, int i) -> uint4& {  // 32 rows further is the same swizzle
+      return *reinterpret_cast<uint4*>(start + 64 * (32 * r + kPairs * i));
+    };
     wait(shared.z_arrived[n % S::kStages], n / S::kStages % 2);
 #pragma unroll
-    for (int row = thread / kRowLanes; row < kPairs; row += S::kSumThreads / kRowLanes) {
-      const unsigned valid = Valid(at, row);
-      uint4 raw[kGroups];
+    for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        raw[i] = *reinterpret_cast<const uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]);
-      }
-      const auto pairs = reinterpret_cast<Packed*>(raw);
-      float mean = 0, variance = 0;
+      for (int i = 0; i < kGroups; ++i) raw[r][i] = place(r, i);
+    }
+    const auto z = [&](int r, int i) -> Packed& { return reinterpret_cast<Packed*>(raw[r])[i]; };
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        mean += z.x + z.y;
-      }
-      mean = RowSum<kRowLanes>(mean) * (1.f / C);
+    for (int i = 0; i < kPacked; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        variance += (z.x - mean) * (z.x - mean) + (z.y - mean) * (z.y - mean);
-      }
-      variance = RowSum<kRowLanes>(variance) * (1.f / C);
-      const float scale = rsqrtf(variance + g.given.forward.epsilon);
+      for (int r = 0; r < 2; ++r) mean[r] += Wide::convert(z(r, i)).x + Wide::convert(z(r, i)).y;
+    }
+    SumOver<1, 2, 4>(mean);
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        pairs[i] = Narrow::convert({(z.x - mean) * scale, (z.y - mean) * scale});
+    for (int r = 0; r < 2; ++r) mean[r] *= 1.f / C;
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 pair = Wide::convert(z(r, i));
+        const float2 centred = {pair.x - mean[r], pair.y - mean[r]};
+        variance[r] = fmaf(centred.x, centred.x, fmaf(centred.y, centred.y, variance[r]));
+      }
+    }
+    SumOver<1, 2, 4>(variance);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scale = rsqrtf(fmaf(variance[r], 1.f / C, g.given.forward.epsilon));
+      const float shift = -mean[r] * scale;
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i) {
+        const float2 pair = Wide::convert(z(r, i));
+        z(r, i) = Narrow::convert({fmaf(pair.x, scale, shift), fmaf(pair.y, scale, shift)});
       }
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        *reinterpret_cast<uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]) =
-            valid ? raw[i] : uint4{0, 0, 0, 0};
-      }
-      if (thread % kRowLanes == 0) {
-        shared.inverse_deviation[n % S::kStages][row] = valid ? scale : 0.f;
+      for (int i = 0; i < kGroups; ++i) place(r, i) = valid[r] ? raw[r][i] : uint4{0, 0, 0, 0};
+      if (threadIdx.x % 8 == 0) {
+        shared.inverse_deviation[n % S::kTurns][SumRow() + 32 * r] = valid[r] ? scale : 0.f;
       }
     }
     FenceAsyncProxy();
@@ -370,48 +305,154 @@ struct Block {
     warp::arrive(shared.x_ready[n % S::kStages]);
   }
 
-  // The sum over a tile's pairs of one hidden column of a gradient.
-  __device__ float PairSum(const typename S::Chunk& gradient, int row) const {
-    float sums[2] = {};
+  // Adds a tile's sums over pairs to those of the tiles before, in shared memory for want of room
+  // beside the other sums.
+  __device__ void AddColumnSums(int n, bool of_gate, const typename S::Chunk* chunks) const {
+    const int warp = warpgroup::warpid();
+    auto& chunk = const_cast<typename S::Chunk&>(chunks[warp / 2]);
+    float* totals = &shared.totals[of_gate][32 * warp + laneid() / 4];
 #pragma unroll
-    for (int i = 0; i < kPairs / 8; ++i) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(&gradient[{row, 8 * i}]);
+    for (int i = 0; i < 2; ++i) {
+      float sums[4] = {};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]);
-        sums[0] += pair.x, sums[1] += pair.y;
+      for (int j = 0; j < kPairs / 16; ++j) {
+        rt<T, 16, 16> block;
+        warp::load(block, chunk.template subtile<16, 16>({2 * (warp % 2) + i, j}));
+        AddRowSums(sums, block);
+      }
+      if (laneid() % 4 == 0) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& total = totals[16 * i + 8 * e];
+          total = n == 0 ? sums[2 * e] : total + sums[2 * e];
+        }
       }
     }
-    return sums[0] + sums[1];
+  }
+
+  // dz = (dx - mean(dx) - x mean(x dx)) / deviation in place of x, for the rows `half` of tile n,
+  // by all Sum threads: sixteen lanes hold two rows as Gate's warps did.
+  __device__ void LayerNormBackward(int n, int half) const {
+    constexpr int kGroups = C / 64;
+    const int pair = threadIdx.x % S::kSumThreads / WARP_THREADS * 2 + laneid() / 4 % 2;
+    const int warp = pair / 8, lane = pair % 8 * 4 + laneid() % 4, block = laneid() / 8;
+    const int row = 32 * half + 16 * warp + pair % 8, column = 16 * block + 2 * (laneid() % 4);
+    auto& tile = shared.x[n % S::kStages];
+    T* const start[2] = {&tile[{row, column}], &tile[{row, column + 8}]};
+    const auto x = [&](int i, int k) -> Packed& {  // 8 rows further is the same swizzle
+      return *reinterpret_cast<Packed*>(start[k / 2] + 64 * (8 * (k % 2) + kPairs * i));
+    };
+    float2 dx[kGroups][4];
+    float mean[2] = {}, along[2] = {};
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const bool both = share.members > 1;
+      const uint4 own = shared.dx[both ? warp : 2 * half + warp][4 * i + block][lane];
+      uint4 other = {0, 0, 0, 0};
+      if (both) other = shared.dx[2 + warp][4 * i + block][lane];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 d =
+            base_ops::sum::op(Wide::convert(reinterpret_cast<const Packed*>(&own)[k]),
+                              Wide::convert(reinterpret_cast<const Packed*>(&other)[k]));
+        const float2 v = Wide::convert(x(i, k));
+        mean[k % 2] += d.x + d.y;
+        along[k % 2] = fmaf(d.x, v.x, fmaf(d.y, v.y, along[k % 2]));
+        dx[i][k] = d;
+      }
+    }
+    SumOver<1, 2, 8, 16>(mean);
+    SumOver<1, 2, 8, 16>(along);
+    float scale[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      scale[e] = shared.inverse_deviation[n % S::kTurns][row + 8 * e];
+      mean[e] *= -scale[e] / C, along[e] *= -scale[e] / C;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 d = dx[i][k], v = Wide::convert(x(i, k));
+        const float m = mean[k % 2], a = along[k % 2], s = scale[k % 2];
+        x(i, k) = Narrow::convert({fmaf(d.x, s, fmaf(v.x, a, m)), fmaf(d.y, s, fmaf(v.y, a, m))});
+      }
+    }
+  }
+
+  // One thread sends dz of tile n on its way and lets the other block send its next part.
+  __device__ void Store(int n) const {
+    const Position at = Locate(n);
+    for (int half = 0; half < 2; ++half) {
+      if (share.members > 1 && half != share.rank) continue;
+      for (int group = 0; group < C / 64; ++group) {
+        const auto& from = reinterpret_cast<const typename S::Half&>(
+            shared.x[n % S::kStages].data[64 * (kPairs * group + kPairs / 2 * half)]);
+        const coord<typename S::Half> to = {at.any_row, 2 * at.column_tile + half, group};
+        if (g.adds) {
+          tma::store_add_async(g.dz, from, to);
+        } else {
+          tma::store_async(g.dz, from, to);
+        }
+      }
+    }
+    if (share.members > 1) {
+      ExpectPart();
+      tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+    }
+  }
+  __device__ void ExpectPart() const {
+    tma::expect_bytes(shared.part_arrived, sizeof(shared.dx) / 2);
+  }
+
+  __device__ void Finish(int n) const {
+    wait(shared.dx_ready, n % 2);
+    if (share.members > 1) {
+      wait(shared.part_arrived, n % 2);
+      LayerNormBackward(n, share.rank);
+    } else {
+      for (int half = 0; half < 2; ++half) LayerNormBackward(n, half);
+    }
+    warp::sync();
+    warp::arrive(shared.dx_left);
+    FenceAsyncProxy();
+    group<S::kSumWarps>::sync(2);
+    if (threadIdx.x == 0) Store(n);
   }
 
   // The projection's gradients, or the gate's.
   __device__ void Sum(bool of_gate) const {
     using Channels = st<T, kPairs, 64>;  // a column group of x
     rt_fl<16, kSlice> sums[C / 64] = {};
-    float total = 0;
-    for (int n = 0; n < 2 && n < share.count; ++n) Normalize(n);
+    unsigned valid[2];
+    for (int n = 0; n < 2 && n < share.count; ++n) {
+      LoadValid(valid, n, SumRow(), 32);
+      Normalize(n, valid);
+    }
     for (int n = 0; n < share.count; ++n) {
+      LoadValid(valid, n + 2, SumRow(), 32);
       const int turn = n % S::kTurns;
       const auto* chunks = of_gate ? shared.gradient.gate[n % 2] : shared.gradient.proj[turn];
       const auto& gradient = reinterpret_cast<const typename S::Gradient&>(chunks[0]);
       const auto* x = reinterpret_cast<const Channels*>(&shared.x[n % S::kStages]);
-      wait(shared.gradient_ready[turn], n / S::kTurns % 2);
+      wait(shared.gradient_ready[n % 2], n / 2 % 2);
 #pragma unroll
       for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
-      if (!of_gate && warpgroup::laneid() == 0 && n > 0) Refill(n - 1);
-      if (n + 2 < share.count) Normalize(n + 2);
-      total += PairSum(chunks[warpgroup::warpid() / 2], warpgroup::laneid() % 64);
+      if (threadIdx.x == 0 && n > 0) Refill(n - 1);
+      if (n + 2 < share.count) Normalize(n + 2, valid);
+      AddColumnSums(n, of_gate, chunks);
       warpgroup::mma_async_wait();
-      warp::sync();
-      warp::arrive(shared.gradient_left[turn]);
+      group<S::kSumWarps>::sync(2);  // both have multiplied x
+      Finish(n);
     }
+    if (threadIdx.x == 0) tma::store_async_wait();
 #pragma unroll
     for (int i = 0; i < C / 64; ++i) Pin(sums[i]);
-    Write(of_gate, sums, total);
+    warpgroup::sync(3 + of_gate);
+    Write(of_gate, sums);
   }
 
-  __device__ void Write(bool of_gate, const rt_fl<16, kSlice> (&sums)[C / 64], float total) const {
+  __device__ void Write(bool of_gate, const rt_fl<16, kSlice> (&sums)[C / 64]) const {
     const int64_t width = 2 * g.given.forward.hidden;
     const int64_t part = (share.batch * g.given.parts + share.first) * 2 + of_gate;
     float* to = g.given.partials + part * (C + 1) * width + kSlice * share.slice;
@@ -427,7 +468,8 @@ struct Block {
         }
       }
     }
-    to[C * width + warpgroup::laneid()] = total;
+    const int column = warpgroup::laneid();
+    to[C * width + column] = share.count ? shared.totals[of_gate][column] : 0.f;
   }
 };
 

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace genie {
+#include "floats.h"
 
-enum class Float : int { kBf16, kF16, kF32 };
+namespace genie {
 
 // a, b = mask * sigmoid(x Wg + bg) * (x Wp + bp) with x = LayerNorm(z), written channel-first.
 struct GatedProjection {

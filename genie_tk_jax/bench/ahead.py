@@ -1,4 +1,4 @@
-"""Compiles all programs of a run before it begins, many at a time.
+"""Compiles the programs of a run before they are timed, many at a time.
 
 A run compiles a few hundred programs, seconds each on one core, while the device idles. Here
 threads compile the same programs, for operands of the same shapes, into a compilation cache on

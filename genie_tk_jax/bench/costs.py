@@ -18,7 +18,10 @@ class Ceiling(NamedTuple):
 
 
 # By the name that JAX gives the device. Cards that are not here get no shares.
-CEILINGS = {"NVIDIA H200": Ceiling(4.3e12, 790e12)}
+CEILINGS = {
+    "NVIDIA H100 80GB HBM3": Ceiling(3.02e12, 790e12),
+    "NVIDIA H200": Ceiling(4.3e12, 790e12),
+}
 
 
 class Sizes(NamedTuple):

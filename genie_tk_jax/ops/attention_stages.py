@@ -69,7 +69,7 @@ def gated(o, z, x, weights, residual):
     return z + update if residual else update
 
 
-def _project(arrays, weights, *, node, ending_bias, epsilon):
+def projections(arrays, weights, *, node, ending_bias, epsilon):
     """z [B, N, N, C], mask -> q, k, v [B, I, J, H, D] in attention order, bias [B, H, Q, Kp]."""
     z, mask = arrays
 
@@ -118,7 +118,7 @@ def _output_unsupported(arrays, weights, **_) -> str | None:
     return _unsupported(arrays[1], kernel)
 
 
-def _norm(weights):
+def norm(weights):
     return [weights["norm"][name].astype(jnp.float32) for name in ("scale", "bias")]
 
 
@@ -137,7 +137,7 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
         (attended, attended, attended, bias),
         z,
         mask,
-        *_norm(weights),
+        *norm(weights),
         *_reference.kernels(z.dtype, *(weights[name] for name in ("q", "k", "v", "pair_bias"))),
         ending=ending,
         bias_as_z=as_z,
@@ -154,7 +154,7 @@ def _output_kernel(arrays, weights, *, node, residual, epsilon):
         o,
         z,
         mask,
-        *_norm(weights),
+        *norm(weights),
         *_reference.kernels(z.dtype, *linears),
         *_reference.biases(*linears),
         ending=node == "ending",
@@ -168,7 +168,7 @@ def project(z: str, attended: str, bias: str, whole: str):
     pair, padded = z.removesuffix(" c"), bias[-1]
     return stage(
         "attention_project",
-        _project,
+        projections,
         f"{z}, {pair} -> {attended}, {attended}, {attended}, {bias}",
         whole=whole,
         padded=padded,

@@ -56,7 +56,7 @@ def reference(arrays, weights, *, with_lse, folded=False):
     return (o, lse) if with_lse else o
 
 
-def _backward_reference(arrays, weights):
+def _backward_reference(arrays, weights, *, folded=False):
     """The operands of the forward, o, lse and do -> dq, dk, dv, dbias (float32)."""
     q, k, v, bias, mask, _, _, d_o = arrays
     bias = None if bias is None else bias.astype(_reference.statistics_dtype(bias.dtype))
@@ -64,7 +64,7 @@ def _backward_reference(arrays, weights):
 
     def function(operands, weights):
         operands = operands if bias is not None else (*operands[:3], None, operands[3])
-        return reference(operands, weights, with_lse=False)
+        return reference(operands, weights, with_lse=False, folded=folded)
 
     gradients, _ = _reference.pullback(
         function, differentiated, (mask,), weights, d_o, in_turn=True
@@ -92,18 +92,71 @@ def _unsupported(arrays, weights, *, with_lse, folded=False) -> str | None:
     return None
 
 
+def _padded(bias):
+    to_unit = -bias.shape[-1] % _KEYS_UNIT
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, to_unit)))
+
+
 def _call(arrays, weights, *, with_lse, folded=False):
     q, k, v, bias, mask = arrays
     batch, rows, queries, heads, _ = q.shape
     if bias is not None:
-        to_unit = -bias.shape[-1] % _KEYS_UNIT
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, to_unit)))
+        bias = _padded(bias)
     results = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, rows, heads, queries if with_lse else 0), jnp.float32),
     )
     o, lse = _ffi.call("genie_pair_attention_fwd", results, q, k, v, bias, mask, folded=folded)
     return (o, lse) if with_lse else o
+
+
+def _backward_unsupported(arrays, weights, *, folded=False) -> str | None:
+    """Why the backward kernels cannot serve these operands, or None."""
+    if arrays[0].size == 0:
+        return f"there must be at least one query; got q {list(arrays[0].shape)}"
+    return _unsupported(arrays[:5], weights, with_lse=True, folded=folded)
+
+
+_TILE = 128  # queries or keys of a block of the kernel that makes dbias
+_PROCESSORS = 132  # of an H100 or H200; on others the sums are as right and the waves less whole
+_MOST_CHUNKS = 16
+
+
+def _chunks(rows: int, tiles: int) -> int:
+    """In how many chunks of rows dbias is summed, so that all tiles of them make whole waves.
+
+    A chunk costs the memory of one dbias, so a few per cent of a wave are not worth another.
+    """
+
+    def cost(chunks):
+        return math.ceil(tiles * chunks / _PROCESSORS) / chunks + 0.02 * chunks
+
+    return min(range(1, min(rows, _MOST_CHUNKS) + 1), key=cost)
+
+
+def _backward_call(arrays, weights, *, folded=False):
+    q, k, v, bias, mask, o, lse, d_o = arrays
+    batch, rows, queries, heads, _ = q.shape
+    keys = k.shape[2]
+    like_bias, chunks = (0,), 1
+    if bias is not None:
+        bias = _padded(bias)
+        like_bias = bias.shape
+        tiles = math.ceil(queries / _TILE) * math.ceil(keys / _TILE) * batch * heads
+        chunks = _chunks(rows, tiles)
+    shapes = [(x.shape, x.dtype) for x in (q, k, v)]
+    shapes += [
+        (like_bias, jnp.float32),
+        ((batch, rows, heads, 2, queries + -queries % 64), jnp.float32),
+        ((chunks, *like_bias) if chunks > 1 else (1, 0, 0, 0, 0), jnp.float32),
+    ]
+    results = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    gradients = _ffi.call(
+        "genie_pair_attention_bwd", results, q, k, v, bias, mask, o, lse, d_o, folded=folded
+    )[:4]
+    if bias is None:
+        return gradients[:3]
+    return *gradients[:3], gradients[3][..., : arrays[3].shape[-1]]
 
 
 QUERY, KEY, BIAS, MASK, LSE = "b i q h d", "b i k h d", "b h q p", "b i k", "b i h q"
@@ -122,19 +175,21 @@ def _forward_stage(results: str):
 
 
 _forward = {True: _forward_stage(f"{QUERY}, {LSE}"), False: _forward_stage(QUERY)}
+
+
+def _backward_stage(results: str):
+    return stage(
+        "attend_backward",
+        _backward_reference,
+        f"{OPERANDS}, {QUERY}, {LSE}, {QUERY} -> {results}",
+        whole="k d p",
+        kernel=Kernel(_backward_call, _backward_unsupported),
+    )
+
+
 _backward = {
-    True: stage(
-        "attend_backward",
-        _backward_reference,
-        f"{OPERANDS}, {QUERY}, {LSE}, {QUERY} -> {QUERY}, {KEY}, {KEY}, {BIAS}",
-        whole="k d p",
-    ),
-    False: stage(
-        "attend_backward",
-        _backward_reference,
-        f"{OPERANDS}, {QUERY}, {LSE}, {QUERY} -> {QUERY}, {KEY}, {KEY}",
-        whole="k d p",
-    ),
+    True: _backward_stage(f"{QUERY}, {KEY}, {KEY}, {BIAS}"),
+    False: _backward_stage(f"{QUERY}, {KEY}, {KEY}"),
 }
 
 
@@ -145,10 +200,12 @@ def forward(operands, *, with_lse, implementation, folded=False):
     )
 
 
-def backward(operands, o, lse, d_o, *, implementation):
+def backward(operands, o, lse, d_o, *, implementation, folded=False):
     """dq, dk, dv and, when there is a bias, dbias in float32."""
     with_bias = operands[3] is not None
-    return _backward[with_bias]((*operands, o, lse, d_o), {}, implementation=implementation)
+    return _backward[with_bias](
+        (*operands, o, lse, d_o), {}, implementation=implementation, folded=folded
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from genie_tk_jax import _contract, _dispatch, _reference
 from genie_tk_jax._stage import stage
-from genie_tk_jax.ops import attention_stages, pair_attention
+from genie_tk_jax.ops import attention_backward, attention_stages, pair_attention
 from genie_tk_jax.ops.attention_stages import bias_of_pairs, oriented
 from genie_tk_jax.params import axis_size, checked, triangle_attention_spec
 
@@ -74,6 +74,8 @@ def _bias_backward(arrays, weights, **static):
 class _Stages(NamedTuple):
     project: Callable
     output: Callable
+    output_backward: Callable
+    project_backward: Callable
     rows_backward: Callable
     bias_backward: Callable
 
@@ -88,6 +90,8 @@ def _stages(node: str, ending_bias: str) -> _Stages:
     return _Stages(
         attention_stages.project(z, attended, made, whole),
         attention_stages.output(z, attended, whole),
+        attention_backward.output(z, attended, whole),
+        attention_backward.project(z, attended, made, whole),
         stage(
             "attention_rows_backward",
             _rows_backward,
@@ -158,6 +162,40 @@ def _op_forward(z, mask, weights, static):
 
 
 def _op_backward(static, residuals, d_out):
+    z, weights = residuals[0], residuals[2]
+    by_stages = not (_dispatch.kernels_absent() or attention_backward.unsupported(z, weights))
+    backward = _backward_by_stages if by_stages else _backward_by_rows
+    dz, d_weights = backward(static, residuals, d_out)
+    return dz, None, _reference.like(d_weights, weights)
+
+
+def _backward_by_stages(static, residuals, d_out):
+    """Kernel after kernel, each over all pairs, so that q, k, v and their gradients exist whole."""
+    z, mask, weights, _, o, lse = residuals
+    stages = STAGES[static.node, static.ending_bias]
+    d_o, d_gate, d_out_weights = stages.output_backward(
+        (o, z, mask, d_out),
+        _pick(weights, attention_backward.OUTPUT_GROUPS),
+        **static.only("node"),
+    )
+    projections = static.only("node", "ending_bias")
+    *qkv, bias = stages.project(
+        (z, mask), _pick(weights, attention_stages.PROJECT_GROUPS), **projections
+    )
+    operands = (*qkv, bias, oriented(mask, static.node))
+    *d_qkv, d_bias = pair_attention.backward(
+        operands, o, lse, d_o, folded=True, implementation=static.implementation
+    )
+    dz, d_weights = stages.project_backward(
+        (z, mask, *d_qkv, d_bias, d_gate, d_out if static.residual else None),
+        _pick(weights, attention_backward.PROJECT_GROUPS),
+        **projections,
+    )
+    return dz, {**d_weights, **d_out_weights}
+
+
+def _backward_by_rows(static, residuals, d_out):
+    """In plain JAX, a chunk of rows at a time from LayerNorm to output, so that memory is small."""
     z, mask, weights, bias, o, lse = residuals
     stages = STAGES[static.node, static.ending_bias]
     dz_rows, d_bias, d_rows = stages.rows_backward(
@@ -170,8 +208,7 @@ def _op_backward(static, residuals, d_out):
     )
     # Both stages read the norm; its gradient is the sum of theirs.
     d_norm = jax.tree.map(jnp.add, d_rows["norm"], d_made["norm"])
-    d_weights = {**d_rows, **d_made, "norm": d_norm}
-    return dz_rows + dz_bias, None, _reference.like(d_weights, weights)
+    return dz_rows + dz_bias, {**d_rows, **d_made, "norm": d_norm}
 
 
 _op.defvjp(_op_forward, _op_backward)
