@@ -78,46 +78,20 @@ __device__ inline void load_async(Tile& to, const Global& from, const C& at, sem
   load_async<dim::ROW, NORMAL>(to, from, at, s);
 }
 
-namespace cluster {
-// Lands at the same place in every block of the cluster whose bit is set in `blocks`, and completes
-// bytes on the semaphore at that place there.
-template <typename Tile, typename Global, typename C = coord<Tile>>
-__device__ inline void load_async(Tile& to, const Global& from, const C& at, semaphore& s,
-                                  uint16_t blocks) {
-  const detail::origin box = detail::locate<dim::ROW, Tile>(at);
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
-          kittens::detail::shared_address(&to)),
-      "l"(reinterpret_cast<uint64_t>(from.template get_tma<Tile, dim::ROW>())),
-      "r"(kittens::detail::shared_address(&s)), "r"(box.column), "r"(box.row), "r"(box.group),
-      "r"(box.inner), "r"(box.outer), "h"(blocks)
-      : "memory");
-}
-}  // namespace cluster
-
 // Each store is a bulk group of the issuing thread, which alone can wait for it. Whoever wrote the
 // tile has fenced the async proxy before the barrier that led here (genie::FenceAsyncProxy).
 template <int axis, cache_policy policy, typename Global, typename Tile, typename C = coord<Tile>>
 __device__ inline void store_async(const Global& to, const Tile& from, const C& at) {
+  static_assert(policy == NORMAL, "stores have no cache hint");
   const detail::origin box = detail::locate<axis, Tile>(at);
-  const auto map = reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>());
-  const uint32_t shared = kittens::detail::shared_address(&from);
-  if constexpr (policy == NORMAL) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
-        " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
-        "r"(shared), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner), "r"(box.outer)
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint"
-        " [%0, {%2, %3, %4, %5, %6}], [%1], %7;" ::"l"(map),
-        "r"(shared), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner), "r"(box.outer),
-        "l"(detail::l2_policy<policy>())
-        : "memory");
-  }
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+      " [%0, {%2, %3, %4, %5, %6}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(
+          reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>())),
+      "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
+      "r"(box.inner), "r"(box.outer)
+      : "memory");
 }
 template <typename Global, typename Tile, typename C = coord<Tile>>
 __device__ inline void store_async(const Global& to, const Tile& from, const C& at) {

@@ -8,172 +8,33 @@
 // transpose bits only. The sum runs over the depth in order, 16 at a time, whatever the tile.
 #include <algorithm>
 #include <stdexcept>
-#include <type_traits>
 
-#include "kittens.cuh"
-#include "kittens/extensions.cuh"
-#include "triangle_multiplication/contract_sm90.h"
+#include "triangle_multiplication/contract_tiles.cuh"
 
-#ifndef POLICY
-#define POLICY NORMAL
-#endif
-#ifndef SUPER
-#define SUPER 16
-#endif
 
 namespace genie {
 namespace {
 
-using namespace kittens;
+using namespace contraction;
 
-constexpr int kBlock = 64;                  // rows and columns of a block, the depth of a step
-constexpr int kConsumers = 2;               // warpgroups
-constexpr int kRows = kConsumers * kBlock;  // of a tile
-constexpr int kSuperRows =
-    SUPER;  // tiles are walked in bands of so many, down each column of a band
-constexpr int kThreads = (kConsumers + 1) * WARPGROUP_THREADS;
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
-static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 504);
-
-// Sizes by the columns of a tile. The ring takes 192 KiB, whatever the tile. The blocks of a
-// cluster multiply rows one below the other by the same columns, of which each loads its share for
-// all.
-template <typename T, int kColumns_, int kCluster_>
-struct Shape {
-  static constexpr int kColumns = kColumns_, kCluster = kCluster_;
-  using Block = st<T, kBlock, kBlock>;
-  using Output = st<T, TILE_DIM, kBlock>;  // of one warp
-  static constexpr int kColumnBlocks = kColumns / kBlock, kShare = kColumnBlocks / kCluster;
-
-  struct Stage {
-    Block a[kConsumers], b[kColumnBlocks];
-  };
-  static constexpr int kStages = 192 * 1024 / sizeof(Stage);
-
-  struct Shared {
-    Stage stages[kStages];
-    Output out[kConsumers * WARPGROUP_WARPS][2];
-    semaphore arrived[kStages], finished[kStages];
-  };
-  static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY && kColumnBlocks % kCluster == 0);
-};
-
-// The blocks of a mask, or nullptr.
-struct Live {
-  LiveBlocks blocks;
-  int rows, columns;
-
-  // Whether any block of a rectangle is live.
-  __device__ bool Any(int entry, int2 first, int2 size) const {
-    if (!blocks) return true;
-    bool any = false;
-    for (int row = first.x; row < min(first.x + size.x, rows); ++row) {
-      for (int column = first.y; column < min(first.y + size.y, columns); ++column) {
-        any |= __ldg(blocks + (int64_t{entry} * rows + row) * columns + column) != 0;
-      }
-    }
-    return any;
-  }
-};
-
-// A product with its descriptors, in tiles and steps.
-template <typename T, typename Out>
-struct Operation {
-  using Block = st<T, kBlock, kBlock>;
-  using Store = st<T, TILE_DIM, kBlock>;
-  gl<T, 1, -1, -1, -1, Block> a, b;  // [1, B Hm, rows, columns], as stored
-  std::conditional_t<std::is_same_v<T, Out>, gl<Out, 1, -1, -1, -1, Store>, gl<Out, 1, -1, -1, -1>>
-      out;
-  bool a_transposed, b_transposed, masked;
-  Live a_live, b_live, out_live;
-  int steps, row_tiles, column_tiles;
-};
-
-template <typename T, typename Out>
-struct Globals {
-  Operation<T, Out> operations[2];
-  int channels, tiles_of_first, tiles_of_both;  // of one channel
-  int tiles;
-};
-
-// Where a tile lies.
-struct Place {
-  int operation, batch, entry, row,
-      column;  // entry: of the masks; row and column in tiles of a cluster
-};
-
-template <typename G>
-__device__ Place Locate(const G& g, int tile) {
-  const int batch = tile / g.tiles_of_both, of_both = tile % g.tiles_of_both;
-  const int operation = of_both >= g.tiles_of_first;
-  const int rest = of_both - operation * g.tiles_of_first;
-  const int rows = g.operations[operation].row_tiles;
-  const int columns = g.operations[operation].column_tiles;
-  const int band = rest / (kSuperRows * columns), within = rest % (kSuperRows * columns);
-  const int height = min(kSuperRows, rows - band * kSuperRows);
-  return {operation, batch, batch / g.channels, band * kSuperRows + within % height,
-          within / height};
-}
-
-// Which of the 32 steps from `first` on have terms, a bit each; all lanes of a warp call it.
+// One thread loads a step.
 template <typename S, typename O>
-__device__ unsigned LiveSteps(const O& o, const Place& at, int first) {
-  const int step = first + laneid();
-  bool live = step < o.steps;
-  if (o.masked && live) {
-    constexpr int kRowBlocks = S::kCluster * kConsumers, kColumnBlocks = S::kColumnBlocks;
-    const int row = kRowBlocks * at.row, column = kColumnBlocks * at.column;
-    live = o.out_live.Any(at.entry, {row, column}, {kRowBlocks, kColumnBlocks}) &&
-           (o.a_transposed ? o.a_live.Any(at.entry, {step, row}, {1, kRowBlocks})
-                           : o.a_live.Any(at.entry, {row, step}, {kRowBlocks, 1})) &&
-           (o.b_transposed ? o.b_live.Any(at.entry, {column, step}, {kColumnBlocks, 1})
-                           : o.b_live.Any(at.entry, {step, column}, {1, kColumnBlocks}));
-  }
-  return __ballot_sync(~0u, live);
-}
-
-// A stage of the ring, and the parity of its phase.
-template <int kStages>
-struct Turn {
-  int stage = 0, parity = 0;
-  __device__ void Advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// One thread loads a step: the block's rows of A, and its share of B for the whole cluster.
-template <typename S, typename O>
-__device__ void Load(const O& o, const Place& at, int rank, int step, typename S::Shared& shared,
-                     int turn) {
+__device__ void Load(const O& o, const Place& at, int step, typename S::Shared& shared, int turn) {
   using Coord = coord<typename S::Block>;
   auto& stage = shared.stages[turn];
   auto& arrived = shared.arrived[turn];
   tma::expect(arrived, stage);
   for (int i = 0; i < kConsumers; ++i) {
-    const int row = kConsumers * (S::kCluster * at.row + rank) + i;
+    const int row = kConsumers * at.row + i;
     tma::load_async(stage.a[i], o.a,
                     o.a_transposed ? Coord{at.batch, step, row} : Coord{at.batch, row, step},
                     arrived);
   }
-  for (int i = rank * S::kShare; i < (rank + 1) * S::kShare; ++i) {
+  for (int i = 0; i < S::kColumnBlocks; ++i) {
     const int column = S::kColumnBlocks * at.column + i;
-    const Coord from =
-        o.b_transposed ? Coord{at.batch, column, step} : Coord{at.batch, step, column};
-    if constexpr (S::kCluster == 1) {
-      tma::load_async(stage.b[i], o.b, from, arrived);
-    } else {
-      tma::cluster::load_async(stage.b[i], o.b, from, arrived, (1 << S::kCluster) - 1);
-    }
-  }
-}
-
-// A warp is done with a stage, which every block of the cluster writes to.
-template <int kCluster>
-__device__ void Release(semaphore& finished) {
-  if constexpr (kCluster == 1) {
-    warp::arrive(finished);
-  } else {
-    if (laneid() < kCluster) ArriveAsReader(finished, laneid());
+    tma::load_async(stage.b[i], o.b,
+                    o.b_transposed ? Coord{at.batch, column, step} : Coord{at.batch, step, column},
+                    arrived);
   }
 }
 
@@ -204,19 +65,18 @@ __device__ void Multiply(Sums& sums, typename S::Shared& shared, Turn<S::kStages
     turn.Advance();
     issue(std::false_type());
     warpgroup::mma_async_wait<1>();
-    Release<S::kCluster>(shared.finished[previous]);
+    warp::arrive(shared.finished[previous]);
   }
   warpgroup::mma_async_wait<0>();
   Pin(sums);
-  Release<S::kCluster>(shared.finished[turn.stage]);
+  warp::arrive(shared.finished[turn.stage]);
   turn.Advance();
 }
 
 // 16-bit results leave by TMA through the warp's two buffers, float32 ones straight.
 template <typename Sums, typename O, typename Output>
-__device__ void Store(const O& o, const Place& at, int row_tile, Sums& sums, bool zero,
-                      Output (&buffers)[2]) {
-  const int row = WARPGROUP_WARPS * (kConsumers * row_tile + warpgroupid()) + warpgroup::warpid();
+__device__ void Store(const O& o, const Place& at, Sums& sums, bool zero, Output (&buffers)[2]) {
+  const int row = WARPGROUP_WARPS * (kConsumers * at.row + warpgroupid()) + warpgroup::warpid();
   if constexpr (std::is_same_v<typename Output::T, typename decltype(o.out)::T>) {
 #pragma unroll
     for (int block = 0; block < Sums::cols / kBlock; ++block) {
@@ -229,7 +89,7 @@ __device__ void Store(const O& o, const Place& at, int row_tile, Sums& sums, boo
         FenceAsyncProxy();
         warp::sync();
       }
-      warp::tma::store_async<dim::ROW, POLICY>(
+      warp::tma::store_async<dim::ROW, NORMAL>(
           o.out, buffer, {0, at.batch, row, Sums::cols / kBlock * at.column + block});
     }
   } else {
@@ -250,31 +110,29 @@ __device__ void Store(const O& o, const Place& at, int row_tile, Sums& sums, boo
 }
 
 template <typename T, typename Out, typename S>
-__global__ __cluster_dims__(S::kCluster)
-    __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ Globals<T, Out> g) {
+__global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ Globals<T, Out> g) {
   extern __shared__ alignment_dummy __shm[];
   shared_allocator allocator(reinterpret_cast<int*>(&__shm[0]));
   auto& shared = allocator.template allocate<typename S::Shared>();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       init_semaphore(shared.arrived[stage], 0, 1);
-      init_semaphore(shared.finished[stage], S::kCluster * kConsumers * WARPGROUP_WARPS, 0);
+      init_semaphore(shared.finished[stage], kConsumers * WARPGROUP_WARPS, 0);
     }
   }
-  everyone::tma::cluster::sync();
-  const int rank = blockIdx.x % S::kCluster, clusters = gridDim.x / S::kCluster;
+  everyone::sync(0);
   Turn<S::kStages> turn;
 
   if (warpgroupid() == kConsumers) {  // 1. The producer runs ahead, through the epilogues too.
     warpgroup::decrease_registers<kProducerRegisters>();
     if (warpgroup::warpid() == 0) {
-      for (int tile = blockIdx.x / S::kCluster; tile < g.tiles; tile += clusters) {
+      for (int tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
         const Place at = Locate(g, tile);
         const auto& o = g.operations[at.operation];
         for (int first = 0; first < o.steps; first += WARP_THREADS) {
           for (unsigned live = LiveSteps<S>(o, at, first); live; live &= live - 1) {
             wait(shared.finished[turn.stage], turn.parity ^ 1);
-            if (laneid() == 0) Load<S>(o, at, rank, first + __ffs(live) - 1, shared, turn.stage);
+            if (laneid() == 0) Load<S>(o, at, first + __ffs(live) - 1, shared, turn.stage);
             turn.Advance();
           }
         }
@@ -282,7 +140,7 @@ __global__ __cluster_dims__(S::kCluster)
     }
   } else {  // 2. Each consumer multiplies its 64 rows and stores them.
     warpgroup::increase_registers<kConsumerRegisters>();
-    for (int tile = blockIdx.x / S::kCluster; tile < g.tiles; tile += clusters) {
+    for (int tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
       const Place at = Locate(g, tile);
       const auto& o = g.operations[at.operation];
       int steps = 0;
@@ -299,66 +157,40 @@ __global__ __cluster_dims__(S::kCluster)
       } else {
         Multiply<S, false, false>(sums, shared, turn, steps);
       }
-      Store(o, at, S::kCluster * at.row + rank, sums, steps == 0, shared.out[warpid()]);
+      Store(o, at, sums, steps == 0, shared.out[warpid()]);
     }
     warp::tma::store_async_wait();
   }
-  everyone::tma::cluster::sync();  // no block leaves while another may still write to it
-}
-
-// One thread block a mask block: whether any of its pairs is valid.
-__global__ void Summarise(const uint8_t* mask, uint8_t* live, int rows, int columns, int row_blocks,
-                          int column_blocks) {
-  const int64_t any_row = blockIdx.x / column_blocks, entry = any_row / row_blocks;
-  const int column = blockIdx.x % column_blocks * kBlock + threadIdx.x % kBlock;
-  int found = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x / kBlock; i < kBlock; i += blockDim.x / kBlock) {
-    const int64_t row = any_row % row_blocks * kBlock + i;
-    if (row < rows && column < columns)
-      found |= __ldg(mask + (entry * rows + row) * columns + column);
-  }
-  found = __syncthreads_or(found);
-  if (threadIdx.x == 0) live[blockIdx.x] = found != 0;
 }
 
 int Blocks(int64_t size, int block) { return static_cast<int>((size + block - 1) / block); }
 
-// What a kernel is chosen by.
-struct TileShape {
-  int columns, cluster;
-};
-constexpr TileShape kTileShapes[] = {{256, 2}, {256, 1}, {192, 1}, {128, 1}, {64, 1}};
-
-int64_t Tiles(const Product& p, TileShape shape) {
-  return int64_t{Blocks(p.rows, kRows * shape.cluster)} * Blocks(p.columns, shape.columns);
+int64_t Tiles(const Product& p, int columns) {
+  return int64_t{Blocks(p.rows, kRows)} * Blocks(p.columns, columns);
 }
 
-// The shape whose waves over the processors take the least time, where a tile costs its columns and
-// about 80 more, and a cluster saves a twentieth. Results do not depend on it.
-TileShape Best(const Contraction& c, int processors) {
-  TileShape best = {};
+// The columns of a tile: those whose waves over the processors take the least time, where a tile
+// costs its columns and about 80 more. Results do not depend on them.
+int TileColumns(const Contraction& c, int processors) {
+  int best = 0;
   int64_t least = 0;
-  for (const TileShape shape : kTileShapes) {
-    const int64_t tiles =
-        c.batch * c.channels * (Tiles(c.products[0], shape) + Tiles(c.products[1], shape));
-    const int64_t at_once = processors / shape.cluster;
-    const int64_t cost =
-        (tiles + at_once - 1) / at_once * (shape.columns + 80) * (shape.cluster > 1 ? 21 : 20);
-    if (least == 0 || cost < least) best = shape, least = cost;
+  for (const int columns : {256, 192, 128, 64}) {
+    const int64_t tiles = Tiles(c.products[0], columns) + Tiles(c.products[1], columns);
+    const int64_t waves = (c.batch * c.channels * tiles + processors - 1) / processors;
+    const int64_t cost = waves * (columns + 80);
+    if (best == 0 || cost < least) best = columns, least = cost;
   }
   return best;
 }
 
 template <typename T, typename Out>
-Operation<T, Out> Described(const Product& p, int64_t batch, TileShape shape) {
-  using Element = std::remove_cv_t<T>;
+Operation<T, Out> Described(const Product& p, int64_t batch, int columns) {
   const size_t matrices = batch, rows = p.rows, cols = p.columns, depth = p.depth;
   const auto live = [](LiveBlocks blocks, int64_t rows, int64_t columns) {
     return Live{blocks, Blocks(rows, kBlock), Blocks(columns, kBlock)};
   };
-  T* a = static_cast<Element*>(const_cast<void*>(p.a));
-  T* b = static_cast<Element*>(const_cast<void*>(p.b));
+  T* a = static_cast<T*>(const_cast<void*>(p.a));
+  T* b = static_cast<T*>(const_cast<void*>(p.b));
   const size_t a_rows = p.a_transposed ? depth : rows, a_cols = p.a_transposed ? rows : depth;
   const size_t b_rows = p.b_transposed ? cols : depth, b_cols = p.b_transposed ? depth : cols;
   return {.a = {a, nullptr, matrices, a_rows, a_cols},
@@ -371,36 +203,31 @@ Operation<T, Out> Described(const Product& p, int64_t batch, TileShape shape) {
           .b_live = live(p.b_live, b_rows, b_cols),
           .out_live = live(p.out_live, rows, cols),
           .steps = Blocks(p.depth, kBlock),
-          .row_tiles = Blocks(p.rows, kRows * shape.cluster),
-          .column_tiles = Blocks(p.columns, shape.columns)};
+          .row_tiles = Blocks(p.rows, kRows),
+          .column_tiles = Blocks(p.columns, columns)};
 }
 
-template <typename T, typename Out, int kColumns, int kCluster>
+template <typename T, typename Out, int kColumns>
 cudaError_t LaunchFor(const Contraction& c, int processors, cudaStream_t stream) {
-  using S = Shape<T, kColumns, kCluster>;
-  constexpr TileShape kShape = {kColumns, kCluster};
+  using S = Shape<T, kColumns>;
   constexpr int kShared = sizeof(typename S::Shared) + 1024;
   const auto kernel = Contract<T, Out, S>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (status != cudaSuccess) return status;
   const bool two = c.products[1].rows > 0;
-  const int64_t matrices = c.batch * c.channels, first = Tiles(c.products[0], kShape);
-  const int64_t both = first + (two ? Tiles(c.products[1], kShape) : 0);
+  const int64_t matrices = c.batch * c.channels, first = Tiles(c.products[0], kColumns);
+  const int64_t both = first + Tiles(c.products[1], kColumns);
   if (matrices * both >= int64_t{1} << 30) return cudaErrorInvalidValue;
   try {
     const Globals<T, Out> globals = {
-        .operations = {Described<T, Out>(c.products[0], matrices, kShape),
-                       Described<T, Out>(c.products[two], matrices, kShape)},
+        .operations = {Described<T, Out>(c.products[0], matrices, kColumns),
+                       Described<T, Out>(c.products[two], matrices, kColumns)},
         .channels = static_cast<int>(c.channels),
         .tiles_of_first = static_cast<int>(first),
         .tiles_of_both = static_cast<int>(both),
         .tiles = static_cast<int>(matrices * both)};
-    int at_once = processors / kCluster;
-#ifdef ALIGN
-    if (both <= at_once) at_once -= at_once % both;
-#endif
-    const int blocks = kCluster * std::min(globals.tiles, at_once);
+    const int blocks = std::min(globals.tiles, processors);
     kernel<<<blocks, kThreads, kShared, stream>>>(globals);
   } catch (const std::runtime_error&) {  // a stride or a size is beyond TMA
     return cudaErrorInvalidValue;
@@ -415,20 +242,15 @@ cudaError_t LaunchFor(const Contraction& c, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-#ifdef ONLY
-  return LaunchFor<T, Out, ONLY, CL>(c, processors, stream);
-#else
-  const TileShape shape = Best(c, processors);
-  if (shape.cluster == 2) return LaunchFor<T, Out, 256, 2>(c, processors, stream);
-  if (shape.columns == 256) return LaunchFor<T, Out, 256, 1>(c, processors, stream);
-  if (shape.columns == 192) return LaunchFor<T, Out, 192, 1>(c, processors, stream);
-  if (shape.columns == 128) return LaunchFor<T, Out, 128, 1>(c, processors, stream);
-  return LaunchFor<T, Out, 64, 1>(c, processors, stream);
-#endif
+  const int columns = TileColumns(c, processors);
+  if (columns == 256) return LaunchFor<T, Out, 256>(c, processors, stream);
+  if (columns == 192) return LaunchFor<T, Out, 192>(c, processors, stream);
+  if (columns == 128) return LaunchFor<T, Out, 128>(c, processors, stream);
+  return LaunchFor<T, Out, 64>(c, processors, stream);
 }
 
 // A and B as stored, and out, start and continue at multiples of 16 bytes.
-bool Aligned(const Product& p, Float out_dtype) {
+bool Aligned(const Product& p) {
   const int64_t lengths =
       (p.a_transposed ? p.rows : p.depth) | (p.b_transposed ? p.depth : p.columns) | p.columns;
   const auto addresses = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b) |
@@ -441,28 +263,16 @@ bool Aligned(const Product& p, Float out_dtype) {
 cudaError_t Launch(const Contraction& c, cudaStream_t stream) {
   for (const Product& p : c.products) {
     if (p.rows == 0) continue;
-    if (p.columns <= 0 || p.depth <= 0 || !Aligned(p, c.out_dtype)) return cudaErrorInvalidValue;
+    if (p.columns <= 0 || p.depth <= 0 || !Aligned(p)) return cudaErrorInvalidValue;
   }
   if (c.batch == 0 || c.channels == 0 || c.products[0].rows == 0) return cudaSuccess;
   if (c.dtype == Float::kBf16 && c.out_dtype == Float::kBf16) {
     return LaunchFor<bf16, bf16>(c, stream);
   }
-#ifndef ONLY
   if (c.dtype == Float::kF16 && c.out_dtype == Float::kF32) {
     return LaunchFor<half, float>(c, stream);
   }
-#endif
   return cudaErrorInvalidValue;
-}
-
-cudaError_t FindLive(const uint8_t* mask, uint8_t* live, int64_t batch, int64_t rows,
-                     int64_t columns, cudaStream_t stream) {
-  const int64_t blocks = LiveSize(batch, rows, columns);
-  if (blocks >= int64_t{1} << 31) return cudaErrorInvalidValue;
-  if (blocks == 0) return cudaSuccess;
-  Summarise<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(
-      mask, live, rows, columns, Blocks(rows, kBlock), Blocks(columns, kBlock));
-  return cudaGetLastError();
 }
 
 }  // namespace genie
