@@ -161,6 +161,7 @@ __device__ inline void Gate(Tile& d, Tile& p, const Sums& s, const sv_fl<Sums::c
   using T2 = typename Tile::dtype;
 #pragma unroll
   for (int j = 0; j < Sums::width; ++j) {
+    warp::sync();  // loads of vectors stay behind, and few
     const Columns s_biases(s_bias, j), p_biases(p_bias, j);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -179,16 +180,19 @@ __device__ inline void Gate(Tile& d, Tile& p, const Sums& s, const sv_fl<Sums::c
   }
 }
 
-// Columns 16 j .. of (d - normal * slope) * scale, the derivative of `normal` in one base tile.
-template <typename Sums, typename Base>
-__device__ inline void NormDerivative(Sums& d, int j, const Base& normal, const float (&slope)[2],
+// d becomes (d - normal * slope) * scale, the derivative of `normal`.
+template <typename Sums, typename Tile>
+__device__ inline void NormDerivative(Sums& d, const Tile& normal, const float (&slope)[2],
                                       const float (&scale)[2]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    float2& pair = d.tiles[0][j].data[k];
-    const float2 x = Unpack(normal.tiles[0][0].data[k]);
-    pair = {(pair.x - x.x * slope[k % 2]) * scale[k % 2],
-            (pair.y - x.y * slope[k % 2]) * scale[k % 2]};
+  for (int j = 0; j < Sums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& pair = d.tiles[0][j].data[k];
+      const float2 x = Unpack(normal.tiles[0][j].data[k]);
+      pair = {(pair.x - x.x * slope[k % 2]) * scale[k % 2],
+              (pair.y - x.y * slope[k % 2]) * scale[k % 2]};
+    }
   }
 }
 
@@ -250,29 +254,37 @@ __device__ void Sum(Add&& add, Tile* d, semaphore* ready, semaphore* summed, int
   StoreSums<K / 64, C>(products, columns, sums, column_sum);
 }
 
-// d = a W^T over all chunks of W's columns.
+// d = a W^T for inputs 64 part .. of W, over all chunks of its columns.
 template <typename Block, typename Sums, typename Tile, typename Weight, size_t kChunks>
-__device__ inline void MultiplyTransposed(Sums& d, const Tile& a, Weight (&w)[kChunks]) {
-  const auto* blocks = reinterpret_cast<const Block*>(&a);
-  warpgroup::mm_ABt(d, blocks[0], w[0]);
+__device__ inline void MultiplyTransposed(Sums& d, const Tile& a, Weight (&w)[kChunks], int part) {
 #pragma unroll
-  for (int chunk = 1; chunk < kChunks; ++chunk) warpgroup::mma_ABt(d, blocks[chunk], w[chunk]);
-  warpgroup::mma_async_wait();
-  Pin(d);
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const auto& from = reinterpret_cast<const Block*>(&a)[chunk];
+    const auto& weights = reinterpret_cast<const Block*>(&w[chunk])[part];
+    if (chunk == 0) {
+      warpgroup::mm_ABt(d, from, weights);
+    } else {
+      warpgroup::mma_ABt(d, from, weights);
+    }
+  }
 }
 
-// Adds columns 16 j .. of d_out's rows from L2; `from` is this lane's first row, of `left`.
+// Adds d_out's rows from L2; `from` is this lane's first row, `stride` apart from others, of
+// `left`.
 template <typename Sums, typename T>
-__device__ inline void AddResidual(Sums& d, int j, const T* from, int64_t left) {
+__device__ inline void AddResidual(Sums& d, const T* from, int stride, int64_t left) {
   using T2 = typename base_types::packing<T>::packed_type;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int row = 8 * (k % 2), column = 16 * j + 8 * (k / 2) + 2 * (laneid() % 4);
-    if (row >= left) continue;
-    const auto raw = __ldg(reinterpret_cast<const unsigned*>(from + row * Sums::cols + column));
-    const float2 pair = Unpack(reinterpret_cast<const T2&>(raw));
-    d.tiles[0][j].data[k].x += pair.x;
-    d.tiles[0][j].data[k].y += pair.y;
+  for (int j = 0; j < Sums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int row = 8 * (k % 2), column = 16 * j + 8 * (k / 2) + 2 * (laneid() % 4);
+      if (row >= left) continue;
+      const auto raw = __ldg(reinterpret_cast<const unsigned*>(from + row * stride + column));
+      const float2 pair = Unpack(reinterpret_cast<const T2&>(raw));
+      d.tiles[0][j].data[k].x += pair.x;
+      d.tiles[0][j].data[k].y += pair.y;
+    }
   }
 }
 
@@ -441,35 +453,36 @@ __global__ __launch_bounds__(S::kThreads,
         dp_p[i] = RowTotal(dp_p[i]) * (1.f / H);
       }
 
-      {
-        rt_fl<16, C> dx;
-        MultiplyTransposed<typename S::Block>(dx, ds_tile, shared.gate);
-        rt<T, 16, C> dz;
-#pragma unroll
-        for (int j = 0; j < C / 16; ++j) {
-          rt<T, 16, 16> x;
-          auto at = z_tile.template subtile<16, 16>({warp_row, j});
-          warp::load(x, at);
-          NormDerivative(dx, j, x, ds_s, x_scale);
-          if (of.residual) AddResidual(dx, j, d_out, columns - column);
-        }
-        warp::copy(dz, dx);
-        KeepRows(dz, readable);
+      // Both derivatives come 64 channels at a time.
+#pragma unroll 1
+      for (int part = 0; part < C / 64; ++part) {
+        rt_fl<16, 64> dx;
+        MultiplyTransposed<typename S::Block>(dx, ds_tile, shared.gate, part);
+        auto& block = reinterpret_cast<typename S::Block*>(&z_tile)[part];
+        rt<T, 16, 64> x;
+        warpgroup::load(x, block);
+        warpgroup::mma_async_wait();
+        Pin(dx);
+        NormDerivative(dx, x, ds_s, x_scale);
+        if (of.residual) AddResidual(dx, d_out + 64 * part, C, columns - column);
+        warp::copy(x, dx);
+        KeepRows(x, readable);
         wait(shared.x_summed[main], parity);
-        warpgroup::store(z_tile, dz);
+        warpgroup::store(block, x);
       }
-      {
-        rt_fl<16, H> dy;
-        MultiplyTransposed<typename S::Block>(dy, d_tile, shared.proj);
-#pragma unroll
-        for (int j = 0; j < H / 16; ++j) {
-          rt<T, 16, 16> y;
-          auto at = y_tile.template subtile<16, 16>({j, warp_row});
-          warp::load(Transposed(y), at);
-          NormDerivative(dy, j, y, dp_p, y_scale);
-        }
+#pragma unroll 1
+      for (int part = 0; part < H / 64; ++part) {
+        rt_fl<16, 64> dy;
+        MultiplyTransposed<typename S::Block>(dy, d_tile, shared.proj, part);
+        auto at = reinterpret_cast<typename S::Block*>(&y_tile)[part].template subtile<64, 16>(
+            {0, warp_row});
+        rt<T, 16, 64> y;
+        warp::load(Transposed(y), at);
+        warpgroup::mma_async_wait();
+        Pin(dy);
+        NormDerivative(dy, y, dp_p, y_scale);
         wait(shared.y_summed[main], parity);
-        StoreTransposed(t_tile, dy, warp_row);
+        StoreTransposed(t_tile, dy, warp_row, part);
       }
       FenceAsyncProxy();
       warpgroup::sync(main + 1);
