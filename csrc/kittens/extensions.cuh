@@ -67,11 +67,32 @@ __device__ inline void KeepRows(Tile& tile, const unsigned (&keep)[2]) {
   }
 }
 
-// The sum of x over the lanes whose numbers differ in these bits.
-template <int... bits>
-__device__ inline float SumOver(float x) {
-  ((x += __shfl_xor_sync(~0u, x, bits)), ...);
-  return x;
+// Sums each x[i] over the lanes whose numbers differ in these bits.
+template <int... bits, int n>
+__device__ inline void SumOver(float (&x)[n]) {
+  const auto over = [&](int bit) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] += __shfl_xor_sync(~0u, x[i], bit);
+  };
+  (over(bits), ...);
+}
+
+// Adds the tile to the sums of its rows by a product with ones: sums[0] and [1] are row lane / 4,
+// sums[2] and [3] row lane / 4 + 8, each twice.
+template <typename T>
+__device__ inline void AddRowSums(float (&sums)[4], const kittens::rt<T, 16, 16>& tile) {
+  const auto* a = reinterpret_cast<const unsigned*>(tile.tiles[0][0].data);
+  if constexpr (std::is_same_v<T, kittens::bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3f803f80));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
+        " {%8, %8}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3c003c00));
+  }
 }
 
 // x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,
@@ -99,8 +120,9 @@ __device__ inline void LayerNorm(kittens::rt<T, 16, C>& x, kittens::rt_fl<16, C>
   warp::copy(x, z);
 }
 
-// Tells the semaphore of block `rank` of the cluster that this thread has read what that block sent.
-// It carries nothing that this thread wrote: a release to the cluster waits for its writes to L2.
+// Tells the semaphore of block `rank` of the cluster that this thread has read what that block
+// sent. It carries nothing that this thread wrote: a release to the cluster waits for its writes to
+// L2.
 __device__ inline void ArriveAsReader(kittens::semaphore& s, int rank) {
   asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(
                    kittens::detail::remote_address(&s, rank))

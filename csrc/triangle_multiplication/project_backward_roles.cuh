@@ -54,8 +54,9 @@ struct BackwardShape {
     // dx as Gate's threads hold it, by its warps: two warps' rows and then the other block's part
     // of them, or all four warps' rows where there is no other block.
     uint4 dx[WARPGROUP_WARPS][C / 16][WARP_THREADS];
-    sv_fl<2 * kHidden> bias[kChunks];          // gate, proj
-    float inverse_deviation[kStages][kPairs];  // zero where masked
+    sv_fl<2 * kHidden> bias[kChunks];         // gate, proj
+    float inverse_deviation[kTurns][kPairs];  // zero where masked
+    float totals[2][kSlice];                  // column sums of 2 dp and 2 ds
     semaphore z_arrived[kStages], x_ready[kStages], upstream_arrived[kTurns], gradient_ready[2];
     semaphore dx_ready, dx_left;        // of this block
     semaphore part_arrived, part_left;  // part of the other's dx here, of this one's there
@@ -103,12 +104,16 @@ struct Block {
             tile % g.column_tiles};
   }
 
-  // Whether row `row` of tile n is a valid pair.
-  __device__ unsigned Valid(const Position& at, int row) const {
+  // Whether rows `row` and `row` + `apart` of tile n are valid pairs; of no tile, none.
+  __device__ void LoadValid(unsigned (&valid)[2], int n, int row, int apart) const {
     const GatedProjection& p = g.given.forward;
-    const int column = kPairs * at.column_tile + row;
-    if (column >= p.columns) return 0;
-    return p.mask ? __ldg(p.mask + int64_t{at.any_row} * p.columns + column) : 1;
+    const Position at = Locate(n);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = kPairs * at.column_tile + row + i * apart;
+      valid[i] = n < share.count && column < p.columns;
+      if (valid[i] && p.mask) valid[i] = __ldg(p.mask + int64_t{at.any_row} * p.columns + column);
+    }
   }
 
   // One thread asks for z of tile n, or for its da or db.
@@ -148,17 +153,21 @@ struct Block {
     const bool here = share.members == 1 || warp / 2 == share.rank;
     auto& pieces = shared.dx[share.members == 1 ? warp : here ? warp % 2 : 2 + warp % 2];
     if (n > 0) wait(here ? shared.dx_left : shared.part_left, (n - 1) % 2);
-#pragma unroll
-    for (int j = 0; j < C / 16; ++j) {
-      uint4 piece;
+    const auto piece = [&](int j) {
+      uint4 packed;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        reinterpret_cast<Packed*>(&piece)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
+        reinterpret_cast<Packed*>(&packed)[k] = Narrow::convert(dx.tiles[0][j].data[k]);
       }
-      if (here) {
-        pieces[j][laneid()] = piece;
-      } else {
-        StoreRemote(&pieces[j][laneid()], share.rank ^ 1, piece, shared.part_arrived);
+      return packed;
+    };
+    if (here) {
+#pragma unroll
+      for (int j = 0; j < C / 16; ++j) pieces[j][laneid()] = piece(j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < C / 16; ++j) {
+        StoreRemote(&pieces[j][laneid()], share.rank ^ 1, piece(j), shared.part_arrived);
       }
     }
     warp::sync();
@@ -200,12 +209,10 @@ struct Block {
     rt_fl<16, C> dx;
     wait(shared.x_ready[0], 0);
     Project(both, 0, 0);
+    const int row = 16 * warpgroup::warpid() + laneid() / 4;
+    unsigned valid[2], next_valid[2];
+    LoadValid(valid, 0, row, 8);
     for (int n = 0; n < share.count; ++n) {
-      unsigned valid[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        valid[i] = Valid(Locate(n), 16 * warpgroup::warpid() + laneid() / 4 + 8 * i);
-      }
       wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
       const auto gate = [&](int chunk) {
         warpgroup::mma_async_wait();
@@ -223,6 +230,7 @@ struct Block {
       Project(both, n, 1);
       warpgroup::mm_AtBt(dx, proj[0], shared.weight[0].proj);
       warpgroup::mma_AtBt(dx, gates[0], shared.weight[0].gate);
+      LoadValid(next_valid, n + 1, row, 8);
       gate(1);
       if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % 2]);
       warpgroup::mma_AtBt(dx, proj[1], shared.weight[1].proj);
@@ -233,53 +241,63 @@ struct Block {
       warpgroup::mma_async_wait<1>();
       Pin(dx);
       HandOver(n, dx);
+      valid[0] = next_valid[0], valid[1] = next_valid[1];
     }
     warpgroup::mma_async_wait();
   }
 
+  // The first of the two rows, 32 apart, that a Sum thread normalises.
+  __device__ static int SumRow() { return threadIdx.x % S::kSumThreads / 8; }
+
   // x = (z - mean) / deviation in place of tile n by all Sum threads, eight lanes a row; zero in
   // masked rows, whatever z holds there.
-  __device__ void Normalize(int n) const {
-    constexpr int kRowLanes = 8, kGroups = C / 64;
+  __device__ void Normalize(int n, const unsigned (&valid)[2]) const {
+    constexpr int kGroups = C / 64, kPacked = 4 * kGroups;
     auto& tile = shared.x[n % S::kStages];
-    const int thread = threadIdx.x % S::kSumThreads;
-    const Position at = Locate(n);
+    uint4 raw[2][kGroups];
+    float mean[2] = {}, variance[2] = {};
+    T* const start = &tile[{SumRow(), static_cast<int>(threadIdx.x) % 8 * 8}];
+    const auto place = [&](int r, int i) -> uint4& {  // 32 rows further is the same swizzle
+      return *reinterpret_cast<uint4*>(start + 64 * (32 * r + kPairs * i));
+    };
     wait(shared.z_arrived[n % S::kStages], n / S::kStages % 2);
 #pragma unroll
-    for (int row = thread / kRowLanes; row < kPairs; row += S::kSumThreads / kRowLanes) {
-      const unsigned valid = Valid(at, row);
-      uint4 raw[kGroups];
+    for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        raw[i] = *reinterpret_cast<const uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]);
-      }
-      const auto pairs = reinterpret_cast<Packed*>(raw);
-      float mean = 0, variance = 0;
+      for (int i = 0; i < kGroups; ++i) raw[r][i] = place(r, i);
+    }
+    const auto z = [&](int r, int i) -> Packed& { return reinterpret_cast<Packed*>(raw[r])[i]; };
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        mean += z.x + z.y;
-      }
-      mean = SumOver<1, 2, 4>(mean) * (1.f / C);
+    for (int i = 0; i < kPacked; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        variance += (z.x - mean) * (z.x - mean) + (z.y - mean) * (z.y - mean);
-      }
-      variance = SumOver<1, 2, 4>(variance) * (1.f / C);
-      const float scale = rsqrtf(variance + g.given.forward.epsilon);
+      for (int r = 0; r < 2; ++r) mean[r] += Wide::convert(z(r, i)).x + Wide::convert(z(r, i)).y;
+    }
+    SumOver<1, 2, 4>(mean);
 #pragma unroll
-      for (int i = 0; i < 4 * kGroups; ++i) {
-        const float2 z = Wide::convert(pairs[i]);
-        pairs[i] = Narrow::convert({(z.x - mean) * scale, (z.y - mean) * scale});
+    for (int r = 0; r < 2; ++r) mean[r] *= 1.f / C;
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 pair = Wide::convert(z(r, i));
+        const float2 centred = {pair.x - mean[r], pair.y - mean[r]};
+        variance[r] = fmaf(centred.x, centred.x, fmaf(centred.y, centred.y, variance[r]));
+      }
+    }
+    SumOver<1, 2, 4>(variance);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float scale = rsqrtf(fmaf(variance[r], 1.f / C, g.given.forward.epsilon));
+      const float shift = -mean[r] * scale;
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i) {
+        const float2 pair = Wide::convert(z(r, i));
+        z(r, i) = Narrow::convert({fmaf(pair.x, scale, shift), fmaf(pair.y, scale, shift)});
       }
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        *reinterpret_cast<uint4*>(&tile[{row, 64 * i + thread % kRowLanes * 8}]) =
-            valid ? raw[i] : uint4{0, 0, 0, 0};
-      }
-      if (thread % kRowLanes == 0) {
-        shared.inverse_deviation[n % S::kStages][row] = valid ? scale : 0.f;
+      for (int i = 0; i < kGroups; ++i) place(r, i) = valid[r] ? raw[r][i] : uint4{0, 0, 0, 0};
+      if (threadIdx.x % 8 == 0) {
+        shared.inverse_deviation[n % S::kTurns][SumRow() + 32 * r] = valid[r] ? scale : 0.f;
       }
     }
     FenceAsyncProxy();
@@ -287,19 +305,29 @@ struct Block {
     warp::arrive(shared.x_ready[n % S::kStages]);
   }
 
-  // The sum over a tile's pairs of one hidden column of a gradient.
-  __device__ float PairSum(const typename S::Chunk& gradient, int row) const {
-    float sums[2] = {};
+  // Adds a tile's sums over pairs to those of the tiles before, in shared memory for want of room
+  // beside the other sums.
+  __device__ void AddColumnSums(int n, bool of_gate, const typename S::Chunk* chunks) const {
+    const int warp = warpgroup::warpid();
+    auto& chunk = const_cast<typename S::Chunk&>(chunks[warp / 2]);
+    float* totals = &shared.totals[of_gate][32 * warp + laneid() / 4];
 #pragma unroll
-    for (int i = 0; i < kPairs / 8; ++i) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(&gradient[{row, 8 * i}]);
+    for (int i = 0; i < 2; ++i) {
+      float sums[4] = {};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = Wide::convert(reinterpret_cast<const Packed*>(&raw)[k]);
-        sums[0] += pair.x, sums[1] += pair.y;
+      for (int j = 0; j < kPairs / 16; ++j) {
+        rt<T, 16, 16> block;
+        warp::load(block, chunk.template subtile<16, 16>({2 * (warp % 2) + i, j}));
+        AddRowSums(sums, block);
+      }
+      if (laneid() % 4 == 0) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& total = totals[16 * i + 8 * e];
+          total = n == 0 ? sums[2 * e] : total + sums[2 * e];
+        }
       }
     }
-    return sums[0] + sums[1];
   }
 
   // dz = (dx - mean(dx) - x mean(x dx)) / deviation in place of x, for the rows `half` of tile n,
@@ -310,8 +338,9 @@ struct Block {
     const int warp = pair / 8, lane = pair % 8 * 4 + laneid() % 4, block = laneid() / 8;
     const int row = 32 * half + 16 * warp + pair % 8, column = 16 * block + 2 * (laneid() % 4);
     auto& tile = shared.x[n % S::kStages];
-    const auto x = [&](int i, int k) -> Packed& {
-      return reinterpret_cast<Packed&>(tile[{row + 8 * (k % 2), 64 * i + column + 8 * (k / 2)}]);
+    T* const start[2] = {&tile[{row, column}], &tile[{row, column + 8}]};
+    const auto x = [&](int i, int k) -> Packed& {  // 8 rows further is the same swizzle
+      return *reinterpret_cast<Packed*>(start[k / 2] + 64 * (8 * (k % 2) + kPairs * i));
     };
     float2 dx[kGroups][4];
     float mean[2] = {}, along[2] = {};
@@ -327,16 +356,18 @@ struct Block {
             base_ops::sum::op(Wide::convert(reinterpret_cast<const Packed*>(&own)[k]),
                               Wide::convert(reinterpret_cast<const Packed*>(&other)[k]));
         const float2 v = Wide::convert(x(i, k));
-        mean[k % 2] += d.x + d.y, along[k % 2] += d.x * v.x + d.y * v.y;
+        mean[k % 2] += d.x + d.y;
+        along[k % 2] = fmaf(d.x, v.x, fmaf(d.y, v.y, along[k % 2]));
         dx[i][k] = d;
       }
     }
+    SumOver<1, 2, 8, 16>(mean);
+    SumOver<1, 2, 8, 16>(along);
     float scale[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      mean[e] = SumOver<1, 2, 8, 16>(mean[e]) * (1.f / C);
-      along[e] = SumOver<1, 2, 8, 16>(along[e]) * (1.f / C);
-      scale[e] = shared.inverse_deviation[n % S::kStages][row + 8 * e];
+      scale[e] = shared.inverse_deviation[n % S::kTurns][row + 8 * e];
+      mean[e] *= -scale[e] / C, along[e] *= -scale[e] / C;
     }
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -344,12 +375,12 @@ struct Block {
       for (int k = 0; k < 4; ++k) {
         const float2 d = dx[i][k], v = Wide::convert(x(i, k));
         const float m = mean[k % 2], a = along[k % 2], s = scale[k % 2];
-        x(i, k) = Narrow::convert({s * (d.x - m - v.x * a), s * (d.y - m - v.y * a)});
+        x(i, k) = Narrow::convert({fmaf(d.x, s, fmaf(v.x, a, m)), fmaf(d.y, s, fmaf(v.y, a, m))});
       }
     }
   }
 
-  // One thread sends dz of tile n on its way and frees dx for the next.
+  // One thread sends dz of tile n on its way and lets the other block send its next part.
   __device__ void Store(int n) const {
     const Position at = Locate(n);
     for (int half = 0; half < 2; ++half) {
@@ -365,7 +396,6 @@ struct Block {
         }
       }
     }
-    arrive(shared.dx_left);
     if (share.members > 1) {
       ExpectPart();
       tma::cluster::arrive(shared.part_left, share.rank ^ 1);
@@ -383,6 +413,8 @@ struct Block {
     } else {
       for (int half = 0; half < 2; ++half) LayerNormBackward(n, half);
     }
+    warp::sync();
+    warp::arrive(shared.dx_left);
     FenceAsyncProxy();
     group<S::kSumWarps>::sync(2);
     if (threadIdx.x == 0) Store(n);
@@ -392,9 +424,13 @@ struct Block {
   __device__ void Sum(bool of_gate) const {
     using Channels = st<T, kPairs, 64>;  // a column group of x
     rt_fl<16, kSlice> sums[C / 64] = {};
-    float total = 0;
-    for (int n = 0; n < 2 && n < share.count; ++n) Normalize(n);
+    unsigned valid[2];
+    for (int n = 0; n < 2 && n < share.count; ++n) {
+      LoadValid(valid, n, SumRow(), 32);
+      Normalize(n, valid);
+    }
     for (int n = 0; n < share.count; ++n) {
+      LoadValid(valid, n + 2, SumRow(), 32);
       const int turn = n % S::kTurns;
       const auto* chunks = of_gate ? shared.gradient.gate[n % 2] : shared.gradient.proj[turn];
       const auto& gradient = reinterpret_cast<const typename S::Gradient&>(chunks[0]);
@@ -403,8 +439,8 @@ struct Block {
 #pragma unroll
       for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
       if (threadIdx.x == 0 && n > 0) Refill(n - 1);
-      if (n + 2 < share.count) Normalize(n + 2);
-      total += PairSum(chunks[warpgroup::warpid() / 2], warpgroup::laneid() % 64);
+      if (n + 2 < share.count) Normalize(n + 2, valid);
+      AddColumnSums(n, of_gate, chunks);
       warpgroup::mma_async_wait();
       group<S::kSumWarps>::sync(2);  // both have multiplied x
       Finish(n);
@@ -412,10 +448,11 @@ struct Block {
     if (threadIdx.x == 0) tma::store_async_wait();
 #pragma unroll
     for (int i = 0; i < C / 64; ++i) Pin(sums[i]);
-    Write(of_gate, sums, total);
+    warpgroup::sync(3 + of_gate);
+    Write(of_gate, sums);
   }
 
-  __device__ void Write(bool of_gate, const rt_fl<16, kSlice> (&sums)[C / 64], float total) const {
+  __device__ void Write(bool of_gate, const rt_fl<16, kSlice> (&sums)[C / 64]) const {
     const int64_t width = 2 * g.given.forward.hidden;
     const int64_t part = (share.batch * g.given.parts + share.first) * 2 + of_gate;
     float* to = g.given.partials + part * (C + 1) * width + kSlice * share.slice;
@@ -431,7 +468,8 @@ struct Block {
         }
       }
     }
-    to[C * width + warpgroup::laneid()] = total;
+    const int column = warpgroup::laneid();
+    to[C * width + column] = share.count ? shared.totals[of_gate][column] : 0.f;
   }
 };
 

@@ -22,21 +22,29 @@ __device__ void FillWeights(Weight* tiles, int stride, float (*sums)[kSlice], co
                             const GatedProjection& given) {
   using T = typename Weight::T;
   constexpr int kVector = 8;  // elements of a 16-byte chunk of a tile's row
-  constexpr int kRowVectors = kSlice / kVector;
+  constexpr int kRowVectors = kSlice / kVector, kParts = kThreads / kRowVectors;
   constexpr int kLoads = kVector * sizeof(Stored) / sizeof(uint4);
   const int part = threadIdx.x / kRowVectors, column = threadIdx.x % kRowVectors * kVector;
+  constexpr int kRows = (Weight::rows + kParts - 1) / kParts;
+  uint4 raw[kRows][kLoads];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {  // all on their way before the first is used
+    const auto* from = reinterpret_cast<const uint4*>(
+        kernel + min(part + i * kParts, Weight::rows - 1) * 2 * given.hidden + column);
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) raw[i][j] = __ldg(from + j);
+  }
   float offsets[kVector] = {};
 #pragma unroll
-  for (int row = part; row < Weight::rows; row += kThreads / kRowVectors) {
-    const Stored* from = kernel + row * 2 * given.hidden + column;
+  for (int i = 0; i < kRows; ++i) {
+    const int row = part + i * kParts;
+    if (row >= Weight::rows) break;
     const float scale = 0.5f * given.norm_scale[row], bias = 0.5f * given.norm_bias[row];
-    uint4 raw[kLoads], packed;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
+    uint4 packed;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const float w =
-          base_types::convertor<float, Stored>::convert(reinterpret_cast<const Stored*>(raw)[j]);
+          base_types::convertor<float, Stored>::convert(reinterpret_cast<const Stored*>(raw[i])[j]);
       offsets[j] += bias * w;
       reinterpret_cast<T*>(&packed)[j] = base_types::convertor<T, float>::convert(scale * w);
     }
@@ -84,7 +92,7 @@ __device__ void InitSemaphores(typename BackwardShape<T, C>::Shared& shared) {
   for (auto& arrived : shared.upstream_arrived) init_semaphore(arrived, 0, 1);
   for (auto& ready : shared.gradient_ready) init_semaphore(ready, 1);
   init_semaphore(shared.dx_ready, WARPGROUP_WARPS);
-  init_semaphore(shared.dx_left, 1);
+  init_semaphore(shared.dx_left, S::kSumWarps);
   init_semaphore(shared.part_arrived, 0, 1);
   init_semaphore(shared.part_left, 1);
 }
