@@ -28,7 +28,7 @@ namespace {
 using namespace kittens;
 
 constexpr int kPairs = 64;    // of a tile: the rows of one WGMMA
-constexpr int kColumns = 64;  // of a chunk of channels: one 128-byte swizzled row of B
+constexpr int kColumns = 32;  // of a chunk of channels: one 64-byte swizzled row of B
 
 // Sizes by channels and hidden channels. Two summers take 160 registers of a thread each, which
 // leaves 96 to each of two mains. float32 t fills the space of a second main.
@@ -45,7 +45,9 @@ struct Shape {
   static constexpr int kChunks = C / kColumns;
 
   using Pairs = st<T, kPairs, C>;
-  using Block = st<T, kPairs, kColumns>;                       // a chunk's columns of Pairs
+  using Block = st<T, kPairs, 64>;        // 64 columns of Pairs, or 64 rows of Normal
+  using Chunk = st<T, kPairs, kColumns>;  // d_out and what comes of it go by chunks
+  using Chunks = st<T, kPairs, C, true, 64>;
   using Hidden = st<Contracted, H, 128 / sizeof(Contracted)>;  // one swizzle group of pairs
   static constexpr int kHiddenTiles = kPairs / Hidden::cols;
   using Normal = st<T, H, kPairs>;
@@ -58,7 +60,7 @@ struct Shape {
     Proj proj[kChunks];
     Pairs z[kStages];
     Hidden t[kHiddenStages][kHiddenTiles];
-    Pairs d[kMains], ds[kMains];
+    Chunk d[kMains][kChunks], ds[kMains][kChunks];
     std::conditional_t<kInPlace, Nothing, Normal[kMains]> y;
     sv_fl<kColumns> gate_bias[kChunks], proj_bias[kChunks];
     semaphore z_arrived[kTurns], t_arrived[kTurns], d_arrived[kMains];
@@ -78,10 +80,12 @@ struct Shape {
 template <typename T, int C, int H>
 struct Globals {
   using S = Shape<T, C, H>;
-  using Image = gl<T, 1, -1, -1, C, typename S::Pairs>;  // [1, B I, J, C]
+  template <typename Tile>
+  using Image = gl<T, 1, -1, -1, C, Tile>;  // [1, B I, J, C]
   using Contraction =
       gl<typename S::Contracted, -1, H, -1, -1, tma::descriptor<typename S::Hidden, dim::DEPTH>>;
-  Image z, d_out, dz;
+  Image<typename S::Pairs> z, dz;
+  Image<typename S::Chunk> d_out;
   Contraction t, dt;
   GatedOutputBackward given;
   int tiles, column_tiles;  // of one batch entry, and of one row
@@ -153,56 +157,64 @@ __device__ void FillParameters(typename S::Shared& shared, const GatedOutput& gi
   FenceAsyncProxy();
 }
 
-// This warp's 16 rows of s without its bias, of p and of d_out become dp (over d_out), ds (over p)
-// and the row sums of ds s and dp p, both s and p without bias.
+// This warp's 16 rows of s and p without their biases, and of d_out: d becomes dp, and with ds come
+// the row sums of ds s and dp p.
 template <typename Sums, typename Tile>
-__device__ inline void Gate(Tile& d, Tile& p, const Sums& s, const sv_fl<Sums::cols>& s_bias,
-                            const sv_fl<Sums::cols>& p_bias, float (&ds_s)[2], float (&dp_p)[2]) {
+__device__ inline void Gate(Tile& d, Tile& ds, const Sums& s, const Sums& p,
+                            const sv_fl<Sums::cols>& s_bias, const sv_fl<Sums::cols>& p_bias,
+                            float (&ds_s)[2], float (&dp_p)[2]) {
   using T2 = typename Tile::dtype;
 #pragma unroll
   for (int j = 0; j < Sums::width; ++j) {
     const Columns s_biases(s_bias, j), p_biases(p_bias, j);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      T2 &d_pair = d.tiles[0][j].data[k], &p_pair = p.tiles[0][j].data[k];
-      const float2 s0 = s.tiles[0][j].data[k], p1 = Unpack(p_pair), d1 = Unpack(d_pair);
-      const float2 tanh =
-          Tanh::op(float2{0.5f * (s0.x + s_biases.of(k).x), 0.5f * (s0.y + s_biases.of(k).y)});
+      const float2 s0 = s.tiles[0][j].data[k], p0 = p.tiles[0][j].data[k];
+      const float2 d1 = Unpack(d.tiles[0][j].data[k]);
+      const float2 tanh = Tanh::op(float2{0.5f * (s0.x + s_biases.of(k).x),
+                                          0.5f * (s0.y + s_biases.of(k).y)});
       const float2 dp = {d1.x * (0.5f * tanh.x + 0.5f), d1.y * (0.5f * tanh.y + 0.5f)};
-      const float2 ds = {d1.x * p1.x * (0.25f - 0.25f * tanh.x * tanh.x),
-                         d1.y * p1.y * (0.25f - 0.25f * tanh.y * tanh.y)};
-      ds_s[k % 2] += ds.x * s0.x + ds.y * s0.y;
-      dp_p[k % 2] += dp.x * (p1.x - p_biases.of(k).x) + dp.y * (p1.y - p_biases.of(k).y);
-      d_pair = Pack<T2>(dp);
-      p_pair = Pack<T2>(ds);
+      const float2 slope = {0.25f - 0.25f * tanh.x * tanh.x, 0.25f - 0.25f * tanh.y * tanh.y};
+      const float2 to_s = {d1.x * (p0.x + p_biases.of(k).x) * slope.x,
+                           d1.y * (p0.y + p_biases.of(k).y) * slope.y};
+      ds_s[k % 2] += to_s.x * s0.x + to_s.y * s0.y;
+      dp_p[k % 2] += dp.x * p0.x + dp.y * p0.y;
+      d.tiles[0][j].data[k] = Pack<T2>(dp);
+      ds.tiles[0][j].data[k] = Pack<T2>(to_s);
     }
   }
 }
 
-// Columns 16 j .. of (d - normal * slope) * scale, the derivative of `normal` in one base tile.
-template <typename Sums, typename Base>
-__device__ inline void NormDerivative(Sums& d, int j, const Base& normal, const float (&slope)[2],
+// d becomes (d - normal * slope) * scale, the derivative of `normal`.
+template <typename Sums, typename Tile>
+__device__ inline void NormDerivative(Sums& d, const Tile& normal, const float (&slope)[2],
                                       const float (&scale)[2]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    float2& pair = d.tiles[0][j].data[k];
-    const float2 x = Unpack(normal.tiles[0][0].data[k]);
-    pair = {(pair.x - x.x * slope[k % 2]) * scale[k % 2],
-            (pair.y - x.y * slope[k % 2]) * scale[k % 2]};
+  for (int j = 0; j < Sums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& pair = d.tiles[0][j].data[k];
+      const float2 x = Unpack(normal.tiles[0][j].data[k]);
+      pair = {(pair.x - x.x * slope[k % 2]) * scale[k % 2],
+              (pair.y - x.y * slope[k % 2]) * scale[k % 2]};
+    }
   }
 }
 
 // A thread's share of the sums over a tile's pairs of two columns. Rows of one remainder by 8 have
 // their chunks at one place.
-template <typename Tile>
-__device__ inline void AddColumns(float2& sum, const Tile& tile) {
-  constexpr int kParts = 256 / Tile::cols, kRows = kPairs / kParts;
-  const int column = warpgroup::laneid() % (Tile::cols / 2) * 2;
-  const int first = warpgroup::laneid() / (Tile::cols / 2) * kRows;
-  using T2 = typename base_types::packing<typename Tile::T>::packed_type;
+template <typename Chunk, size_t kChunks>
+__device__ inline void AddColumns(float2& sum, Chunk (&chunks)[kChunks]) {
+  constexpr int kPairsOfColumns = kChunks * kColumns / 2;
+  constexpr int kRows = kPairs * kPairsOfColumns / WARPGROUP_THREADS;
+  const int at = warpgroup::laneid() % kPairsOfColumns;
+  const int first = warpgroup::laneid() / kPairsOfColumns * kRows;
+  auto& chunk = chunks[at / (kColumns / 2)];
+  using T2 = typename base_types::packing<typename Chunk::T>::packed_type;
 #pragma unroll 2
   for (int remainder = 0; remainder < 8; ++remainder) {
-    const auto* from = reinterpret_cast<const T2*>(&tile[int2{first + remainder, column}]);
+    const auto* from =
+        reinterpret_cast<const T2*>(&chunk[int2{first + remainder, at % (kColumns / 2) * 2}]);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const float2 pair = Unpack(from[i * 8 * kColumns / 2]);
@@ -231,6 +243,12 @@ __device__ void StoreSums(float* products, float* columns, const rt_fl<16, C> (&
   *reinterpret_cast<float2*>(columns + 2 * warpgroup::laneid()) = column_sum;
 }
 
+// The chunks of all columns as one tile: the same bytes.
+template <typename S>
+__device__ inline auto& Whole(typename S::Chunk (&chunks)[S::kChunks]) {
+  return reinterpret_cast<typename S::Chunks&>(chunks);
+}
+
 // A summer's work: `add` multiplies what a tile brings to the products; see StoreSums.
 template <int kMains, int K, int C, typename Add, typename Tile>
 __device__ void Sum(Add&& add, Tile* d, semaphore* ready, semaphore* summed, int tiles,
@@ -250,29 +268,33 @@ __device__ void Sum(Add&& add, Tile* d, semaphore* ready, semaphore* summed, int
   StoreSums<K / 64, C>(products, columns, sums, column_sum);
 }
 
-// d = a W^T over all chunks of W's columns.
-template <typename Block, typename Sums, typename Tile, typename Weight, size_t kChunks>
-__device__ inline void MultiplyTransposed(Sums& d, const Tile& a, Weight (&w)[kChunks]) {
-  const auto* blocks = reinterpret_cast<const Block*>(&a);
-  warpgroup::mm_ABt(d, blocks[0], w[0]);
+// d = a W^T for inputs 64 part .. of W, over all chunks of its columns.
+template <typename Sums, typename Chunk, typename Weight, size_t kChunks>
+__device__ inline void MultiplyTransposed(Sums& d, Chunk (&a)[kChunks], Weight (&w)[kChunks],
+                                          int part) {
+  warpgroup::mm_ABt(d, a[0], reinterpret_cast<Chunk*>(&w[0])[part]);
 #pragma unroll
-  for (int chunk = 1; chunk < kChunks; ++chunk) warpgroup::mma_ABt(d, blocks[chunk], w[chunk]);
-  warpgroup::mma_async_wait();
-  Pin(d);
+  for (int chunk = 1; chunk < kChunks; ++chunk) {
+    warpgroup::mma_ABt(d, a[chunk], reinterpret_cast<Chunk*>(&w[chunk])[part]);
+  }
 }
 
-// Adds columns 16 j .. of d_out's rows from L2; `from` is this lane's first row, of `left`.
+// Adds d_out's rows from L2; `from` is this lane's first row, `stride` apart from others, of
+// `left`.
 template <typename Sums, typename T>
-__device__ inline void AddResidual(Sums& d, int j, const T* from, int64_t left) {
+__device__ inline void AddResidual(Sums& d, const T* from, int stride, int64_t left) {
   using T2 = typename base_types::packing<T>::packed_type;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int row = 8 * (k % 2), column = 16 * j + 8 * (k / 2) + 2 * (laneid() % 4);
-    if (row >= left) continue;
-    const auto raw = __ldg(reinterpret_cast<const unsigned*>(from + row * Sums::cols + column));
-    const float2 pair = Unpack(reinterpret_cast<const T2&>(raw));
-    d.tiles[0][j].data[k].x += pair.x;
-    d.tiles[0][j].data[k].y += pair.y;
+  for (int j = 0; j < Sums::width; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int row = 8 * (k % 2), column = 16 * j + 8 * (k / 2) + 2 * (laneid() % 4);
+      if (row >= left) continue;
+      const auto raw = __ldg(reinterpret_cast<const unsigned*>(from + row * stride + column));
+      const float2 pair = Unpack(reinterpret_cast<const T2&>(raw));
+      d.tiles[0][j].data[k].x += pair.x;
+      d.tiles[0][j].data[k].y += pair.y;
+    }
   }
 }
 
@@ -300,17 +322,21 @@ __global__ __launch_bounds__(S::kThreads,
   const int own_tiles = (g.tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const auto row_of = [&](int n) { return (blockIdx.x + n * gridDim.x) / g.column_tiles; };
   const auto column_of = [&](int n) { return (blockIdx.x + n * gridDim.x) % g.column_tiles; };
-  const auto load_image = [&](auto& to, const auto& from, int n, semaphore& arrived) {
-    tma::expect(arrived, to);
-    tma::load_async(to, from, {batch * rows + row_of(n), column_of(n), 0}, arrived);
-  };
   const auto load_z = [&](int n) {
     if (n >= own_tiles) return;
-    load_image(shared.z[n % S::kStages], g.z, n, shared.z_arrived[n % S::kTurns]);
+    auto& to = shared.z[n % S::kStages];
+    auto& arrived = shared.z_arrived[n % S::kTurns];
+    tma::expect(arrived, to);
+    tma::load_async(to, g.z, {batch * rows + row_of(n), column_of(n), 0}, arrived);
   };
   const auto load_d = [&](int n) {
     if (n >= own_tiles) return;
-    load_image(shared.d[n % S::kMains], g.d_out, n, shared.d_arrived[n % S::kMains]);
+    auto& to = shared.d[n % S::kMains];
+    auto& arrived = shared.d_arrived[n % S::kMains];
+    tma::expect(arrived, to);
+    for (int i = 0; i < S::kChunks; ++i) {
+      tma::load_async(to[i], g.d_out, {batch * rows + row_of(n), column_of(n), i}, arrived);
+    }
   };
   const auto load_t = [&](int n) {
     if (n >= own_tiles) return;
@@ -350,17 +376,17 @@ __global__ __launch_bounds__(S::kThreads,
         auto* x = reinterpret_cast<typename S::Block*>(&shared.z[n % S::kStages]);
 #pragma unroll
         for (int i = 0; i < C / 64; ++i) {
-          warpgroup::mma_AtB(sums[i], x[i], shared.ds[n % S::kMains]);
+          warpgroup::mma_AtB(sums[i], x[i], Whole<S>(shared.ds[n % S::kMains]));
         }
       };
       Sum<S::kMains, C, C>(add, shared.ds, shared.ready, shared.x_summed, own_tiles,
                            partial + H * C, columns_at + 256);
     } else {
       const auto add = [&](auto& sums, int n) {
-        auto* y = reinterpret_cast<st<T, 64, kPairs>*>(&shared.Y(n));
+        auto* y = reinterpret_cast<typename S::Block*>(&shared.Y(n));
 #pragma unroll
         for (int i = 0; i < H / 64; ++i) {
-          warpgroup::mma_AB(sums[i], y[i], shared.d[n % S::kMains]);
+          warpgroup::mma_AB(sums[i], y[i], Whole<S>(shared.d[n % S::kMains]));
         }
       };
       Sum<S::kMains, H, C>(add, shared.d, shared.ready, shared.y_summed, own_tiles, partial,
@@ -414,23 +440,19 @@ __global__ __launch_bounds__(S::kThreads,
 
       float ds_s[2] = {}, dp_p[2] = {};
       wait(shared.d_arrived[main], parity);
+#pragma unroll 1
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-        rt<T, 16, kColumns> d, p;
-        rt_fl<16, kColumns> s;  // first of p: both at once would not fit
-        warpgroup::mm_AtB(s, y_tile, shared.proj[chunk]);
-        warpgroup::mma_async_wait();
-        Pin(s);
-        AddToRows(s, shared.proj_bias[chunk]);
-        warp::copy(p, s);
+        rt_fl<16, kColumns> s, p;
         warpgroup::mm_AB(s, z_tile, shared.gate[chunk]);
-        auto& d_block = reinterpret_cast<typename S::Block*>(&d_tile)[chunk];
-        auto& ds_block = reinterpret_cast<typename S::Block*>(&ds_tile)[chunk];
-        warpgroup::load(d, d_block);
+        warpgroup::mm_AtB(p, y_tile, shared.proj[chunk]);
+        rt<T, 16, kColumns> d, ds;
+        warpgroup::load(d, d_tile[chunk]);
         warpgroup::mma_async_wait();
         Pin(s);
-        Gate(d, p, s, shared.gate_bias[chunk], shared.proj_bias[chunk], ds_s, dp_p);
-        warpgroup::store(d_block, d);
-        warpgroup::store(ds_block, p);
+        Pin(p);
+        Gate(d, ds, s, p, shared.gate_bias[chunk], shared.proj_bias[chunk], ds_s, dp_p);
+        warpgroup::store(d_tile[chunk], d);
+        warpgroup::store(ds_tile[chunk], ds);
       }
       FenceAsyncProxy();
       warpgroup::sync(main + 1);
@@ -441,35 +463,36 @@ __global__ __launch_bounds__(S::kThreads,
         dp_p[i] = RowTotal(dp_p[i]) * (1.f / H);
       }
 
-      {
-        rt_fl<16, C> dx;
-        MultiplyTransposed<typename S::Block>(dx, ds_tile, shared.gate);
-        rt<T, 16, C> dz;
-#pragma unroll
-        for (int j = 0; j < C / 16; ++j) {
-          rt<T, 16, 16> x;
-          auto at = z_tile.template subtile<16, 16>({warp_row, j});
-          warp::load(x, at);
-          NormDerivative(dx, j, x, ds_s, x_scale);
-          if (of.residual) AddResidual(dx, j, d_out, columns - column);
-        }
-        warp::copy(dz, dx);
-        KeepRows(dz, readable);
+      // Both derivatives come 64 channels at a time.
+#pragma unroll 1
+      for (int part = 0; part < C / 64; ++part) {
+        rt_fl<16, 64> dx;
+        MultiplyTransposed(dx, ds_tile, shared.gate, part);
+        auto& block = reinterpret_cast<typename S::Block*>(&z_tile)[part];
+        rt<T, 16, 64> x;
+        warpgroup::load(x, block);
+        warpgroup::mma_async_wait();
+        Pin(dx);
+        NormDerivative(dx, x, ds_s, x_scale);
+        if (of.residual) AddResidual(dx, d_out + 64 * part, C, columns - column);
+        warp::copy(x, dx);
+        KeepRows(x, readable);
         wait(shared.x_summed[main], parity);
-        warpgroup::store(z_tile, dz);
+        warpgroup::store(block, x);
       }
-      {
-        rt_fl<16, H> dy;
-        MultiplyTransposed<typename S::Block>(dy, d_tile, shared.proj);
-#pragma unroll
-        for (int j = 0; j < H / 16; ++j) {
-          rt<T, 16, 16> y;
-          auto at = y_tile.template subtile<16, 16>({j, warp_row});
-          warp::load(Transposed(y), at);
-          NormDerivative(dy, j, y, dp_p, y_scale);
-        }
+#pragma unroll 1
+      for (int part = 0; part < H / 64; ++part) {
+        rt_fl<16, 64> dy;
+        MultiplyTransposed(dy, d_tile, shared.proj, part);
+        auto at = reinterpret_cast<typename S::Block*>(&y_tile)[part].template subtile<64, 16>(
+            {0, warp_row});
+        rt<T, 16, 64> y;
+        warp::load(Transposed(y), at);
+        warpgroup::mma_async_wait();
+        Pin(dy);
+        NormDerivative(dy, y, dp_p, y_scale);
         wait(shared.y_summed[main], parity);
-        StoreTransposed(t_tile, dy, warp_row);
+        StoreTransposed(t_tile, dy, warp_row, part);
       }
       FenceAsyncProxy();
       warpgroup::sync(main + 1);
@@ -502,18 +525,16 @@ cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
   if (tiles * of.batch >= int64_t{1} << 30) return cudaErrorInvalidValue;
   const size_t all_rows = of.batch * of.rows, columns = of.columns, batch = of.batch;
   const size_t rows_padded = of.rows_padded, columns_padded = of.columns_padded;
-  const auto image = [&](const void* of_pairs) -> typename G::Image {
-    return {static_cast<T*>(const_cast<void*>(of_pairs)), nullptr, all_rows, columns, nullptr};
-  };
+  const auto pairs = [](const void* pointer) { return static_cast<T*>(const_cast<void*>(pointer)); };
   const auto contraction = [&](const void* t) -> typename G::Contraction {
     using Contracted = typename S::Contracted;
     return {static_cast<Contracted*>(const_cast<void*>(t)), batch, nullptr, rows_padded,
             columns_padded};
   };
   try {
-    const G globals = {.z = image(of.z),
-                       .d_out = image(p.d_out),
-                       .dz = image(p.dz),
+    const G globals = {.z = {pairs(of.z), nullptr, all_rows, columns, nullptr},
+                       .dz = {pairs(p.dz), nullptr, all_rows, columns, nullptr},
+                       .d_out = {pairs(p.d_out), nullptr, all_rows, columns, nullptr},
                        .t = contraction(of.t),
                        .dt = contraction(p.dt),
                        .given = p,

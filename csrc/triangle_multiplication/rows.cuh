@@ -98,6 +98,7 @@ __device__ inline void Normalize(X& x, const Z& z, const Moments& m,
                                  const kittens::sv_fl<X::cols>& bias) {
 #pragma unroll
   for (int j = 0; j < X::width; ++j) {
+    if (j % 4 == 0) kittens::warp::sync();  // loads of vectors stay behind, and few
     const Columns scales(scale, j), biases(bias, j);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -200,23 +201,24 @@ __device__ inline void LoadTransposed(kittens::rt_fl<16, H>& dst,
   }
 }
 
-// The way back.
+// The way back, of rows 64 part .. 64 part + 63.
 template <typename T, int H>
-__device__ inline void StoreTransposed(kittens::st<T, H, 64> (&dst)[1], kittens::rt_fl<16, H>& src,
-                                       int w) {
-  auto columns = dst[0].template subtile<H, 16>({0, w});
+__device__ inline void StoreTransposed(kittens::st<T, H, 64> (&dst)[1], kittens::rt_fl<16, 64>& src,
+                                       int w, int part) {
+  auto& rows = reinterpret_cast<kittens::st<T, 64, 64>*>(dst)[part];
+  auto columns = rows.template subtile<64, 16>({0, w});
   kittens::warp::store(columns, Transposed(src));
 }
 template <int H>
 __device__ inline void StoreTransposed(kittens::st<float, H, 32> (&dst)[2],
-                                       kittens::rt_fl<16, H>& src, int w) {
+                                       kittens::rt_fl<16, 64>& src, int w, int part) {
   const TransposedFloats to(dst, w);
 #pragma unroll
-  for (int j = 0; j < H / 16; ++j) {
+  for (int j = 0; j < 4; ++j) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      to.of(j, k, 0) = src.tiles[0][j].data[k].x;
-      to.of(j, k, 1) = src.tiles[0][j].data[k].y;
+      to.of(4 * part + j, k, 0) = src.tiles[0][j].data[k].x;
+      to.of(4 * part + j, k, 1) = src.tiles[0][j].data[k].y;
     }
   }
 }
