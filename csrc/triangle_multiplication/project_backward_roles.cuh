@@ -73,9 +73,10 @@ struct BackwardGlobals {
   gl<T, 1, -1, -1, C, typename S::Half> dz;
   Upstream da, db;  // [B, Hm, Ip, Kp]
   GatedProjectionBackward given;
-  int tiles, column_tiles;  // of one batch entry, and of one row
-  int first_slice;          // of the hidden columns, that of the first block of a cluster
-  bool adds;                // dz holds what this adds to
+  int tiles, column_tiles;        // of one batch entry, and of one row
+  unsigned column_tiles_inverse;  // (2^32 - 1) / column_tiles
+  int first_slice;                // of the hidden columns, that of the first block of a cluster
+  bool adds;                      // dz holds what this adds to
 };
 
 // A block's work: tiles first, first + step, ... of one batch entry, for one slice of the hidden
@@ -99,9 +100,11 @@ struct Block {
   const Share& share;
 
   __device__ Position Locate(int n) const {
-    const int tile = share.first + n * share.step, row = tile / g.column_tiles;
+    const int tile = share.first + n * share.step, columns = g.column_tiles;
+    int row = __umulhi(tile, g.column_tiles_inverse);  // or one too few
+    row += tile - row * columns >= columns;
     return {share.batch, row, static_cast<int>(share.batch * g.given.forward.rows) + row,
-            tile % g.column_tiles};
+            tile - row * columns};
   }
 
   // Whether rows `row` and `row` + `apart` of tile n are valid pairs; of no tile, none.
@@ -138,15 +141,6 @@ struct Block {
           {at.batch, first ? chunk : chunk - half, at.row, at.column_tile}, arrived);
     }
   }
-  // The same where tile n lay, for the thread that stored its dz.
-  __device__ void Refill(int n) const {
-    if (n + S::kTurns < share.count) LoadUpstream(n + S::kTurns);
-    if (n + S::kStages < share.count) {
-      tma::store_async_read_wait();
-      LoadPairs(n + S::kStages);
-    }
-  }
-
   // Hands a warp's 16 rows of dx to the Sum warps of the block that finishes them.
   __device__ void HandOver(int n, const rt_fl<16, C>& dx) const {
     const int warp = warpgroup::warpid();
@@ -174,23 +168,31 @@ struct Block {
     warp::arrive(shared.dx_ready);
   }
 
+  // Of da or db, zero for pairs that are not valid.
+  __device__ void LoadBlock(rt<T, 16, 16>& upstream, int n, int chunk, int block,
+                            const unsigned (&valid)[2]) const {
+    auto& tile = shared.gradient.proj[n % S::kTurns][chunk];
+    warp::load(Transposed(upstream), tile.template subtile<16, 16>({block, warpgroup::warpid()}));
+    KeepRows(upstream, valid);
+  }
+
   // 2 dp and 2 ds of 16 hidden columns, to shared memory as [hidden, pairs].
   __device__ void GateBlock(int n, int chunk, int block, const rt_base<float, row_l>& gate,
-                            const rt_base<float, row_l>& proj, const unsigned (&valid)[2]) const {
+                            const rt_base<float, row_l>& proj,
+                            const rt_base<T, row_l>& upstream) const {
+    rt<T, 16, 16> dp, ds;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float2 d = Wide::convert(upstream.data[k]), p = proj.data[k];
+      const float2 t = Tanh::op(gate.data[k]), u = {d.x * p.x, d.y * p.y};
+      dp.tiles[0][0].data[k] = Narrow::convert({fmaf(d.x, t.x, d.x), fmaf(d.y, t.y, d.y)});
+      ds.tiles[0][0].data[k] =
+          Narrow::convert({fmaf(-u.x * t.x, t.x, u.x), fmaf(-u.y * t.y, t.y, u.y)});
+    }
     auto proj_place = shared.gradient.proj[n % S::kTurns][chunk].template subtile<16, 16>(
         {block, warpgroup::warpid()});
     auto gate_place =
         shared.gradient.gate[n % 2][chunk].template subtile<16, 16>({block, warpgroup::warpid()});
-    rt<T, 16, 16> upstream, dp, ds;
-    warp::load(Transposed(upstream), proj_place);
-    KeepRows(upstream, valid);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 d = Wide::convert(upstream.tiles[0][0].data[k]), p = proj.data[k];
-      const float2 t = Tanh::op(gate.data[k]), u = {d.x * p.x, d.y * p.y};
-      dp.tiles[0][0].data[k] = Narrow::convert({d.x + d.x * t.x, d.y + d.y * t.y});
-      ds.tiles[0][0].data[k] = Narrow::convert({u.x - u.x * t.x * t.x, u.y - u.y * t.y * t.y});
-    }
     warp::store(proj_place, Transposed(dp));
     warp::store(gate_place, Transposed(ds));
   }
@@ -215,11 +217,15 @@ struct Block {
     for (int n = 0; n < share.count; ++n) {
       wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
       const auto gate = [&](int chunk) {
+        rt<T, 16, 16> upstream[2];  // a block ahead
+        LoadBlock(upstream[0], n, chunk, 0, valid);
         warpgroup::mma_async_wait();
         Pin(both);
 #pragma unroll
         for (int j = 0; j < kHidden / 16; ++j) {
-          GateBlock(n, chunk, j, both.tiles[0][j], both.tiles[0][kHidden / 16 + j], valid);
+          if (j + 1 < kHidden / 16) LoadBlock(upstream[(j + 1) % 2], n, chunk, j + 1, valid);
+          GateBlock(n, chunk, j, both.tiles[0][j], both.tiles[0][kHidden / 16 + j],
+                    upstream[j % 2].tiles[0][0]);
         }
         FenceAsyncProxy();
         warpgroup::sync(1);
@@ -255,7 +261,7 @@ struct Block {
     constexpr int kGroups = C / 64, kPacked = 4 * kGroups;
     auto& tile = shared.x[n % S::kStages];
     uint4 raw[2][kGroups];
-    float mean[2] = {}, variance[2] = {};
+    float mean[2] = {}, square[2] = {};
     T* const start = &tile[{SumRow(), static_cast<int>(threadIdx.x) % 8 * 8}];
     const auto place = [&](int r, int i) -> uint4& {  // 32 rows further is the same swizzle
       return *reinterpret_cast<uint4*>(start + 64 * (32 * r + kPairs * i));
@@ -272,22 +278,31 @@ struct Block {
 #pragma unroll
       for (int r = 0; r < 2; ++r) mean[r] += Wide::convert(z(r, i)).x + Wide::convert(z(r, i)).y;
     }
-    SumOver<1, 2, 4>(mean);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) mean[r] *= 1.f / C;
+    for (int r = 0; r < 2; ++r) mean[r] *= 1.f / (2 * kPacked);
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float2 pair = Wide::convert(z(r, i));
         const float2 centred = {pair.x - mean[r], pair.y - mean[r]};
-        variance[r] = fmaf(centred.x, centred.x, fmaf(centred.y, centred.y, variance[r]));
+        square[r] = fmaf(centred.x, centred.x, fmaf(centred.y, centred.y, square[r]));
       }
     }
-    SumOver<1, 2, 4>(variance);
+    // Each lane's mean and squares about it become those of two, four and eight lanes.
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float other = __shfl_xor_sync(~0u, mean[r], lanes), apart = other - mean[r];
+        square[r] += __shfl_xor_sync(~0u, square[r], lanes);
+        square[r] = fmaf(apart * apart, kPacked * lanes, square[r]);
+        mean[r] = 0.5f * (mean[r] + other);
+      }
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float scale = rsqrtf(fmaf(variance[r], 1.f / C, g.given.forward.epsilon));
+      const float scale = rsqrtf(fmaf(square[r], 1.f / C, g.given.forward.epsilon));
       const float shift = -mean[r] * scale;
 #pragma unroll
       for (int i = 0; i < kPacked; ++i) {
@@ -380,7 +395,7 @@ struct Block {
     }
   }
 
-  // One thread sends dz of tile n on its way and lets the other block send its next part.
+  // One thread sends dz of tile n on its way.
   __device__ void Store(int n) const {
     const Position at = Locate(n);
     for (int half = 0; half < 2; ++half) {
@@ -396,10 +411,6 @@ struct Block {
         }
       }
     }
-    if (share.members > 1) {
-      ExpectPart();
-      tma::cluster::arrive(shared.part_left, share.rank ^ 1);
-    }
   }
   __device__ void ExpectPart() const {
     tma::expect_bytes(shared.part_arrived, sizeof(shared.dx) / 2);
@@ -413,11 +424,15 @@ struct Block {
     } else {
       for (int half = 0; half < 2; ++half) LayerNormBackward(n, half);
     }
+    FenceAsyncProxy();
     warp::sync();
     warp::arrive(shared.dx_left);
-    FenceAsyncProxy();
     group<S::kSumWarps>::sync(2);
     if (threadIdx.x == 0) Store(n);
+    if (threadIdx.x == WARPGROUP_THREADS && share.members > 1) {  // for the other's next part
+      ExpectPart();
+      tma::cluster::arrive(shared.part_left, share.rank ^ 1);
+    }
   }
 
   // The projection's gradients, or the gate's.
@@ -438,16 +453,20 @@ struct Block {
       wait(shared.gradient_ready[n % 2], n / 2 % 2);
 #pragma unroll
       for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
-      if (threadIdx.x == 0 && n > 0) Refill(n - 1);
+      if (threadIdx.x == WARPGROUP_THREADS && n > 0 && n + 2 < share.count) LoadUpstream(n + 2);
       if (n + 2 < share.count) Normalize(n + 2, valid);
+      if (threadIdx.x == 0 && n > 0 && n + 3 < share.count) {
+        tma::store_async_read_wait();  // dz of tile n - 1 has left the place of z
+        LoadPairs(n + 3);
+      }
       AddColumnSums(n, of_gate, chunks);
       warpgroup::mma_async_wait();
       group<S::kSumWarps>::sync(2);  // both have multiplied x
       Finish(n);
     }
-    if (threadIdx.x == 0) tma::store_async_wait();
 #pragma unroll
     for (int i = 0; i < C / 64; ++i) Pin(sums[i]);
+    if (threadIdx.x == 0) tma::store_async_wait();
     warpgroup::sync(3 + of_gate);
     Write(of_gate, sums);
   }

@@ -152,6 +152,7 @@ cudaError_t LaunchSlices(const GatedProjectionBackward& given, int first_slice, 
         .given = given,
         .tiles = static_cast<int>(p.rows * column_tiles),
         .column_tiles = column_tiles,
+        .column_tiles_inverse = ~0u / column_tiles,
         .first_slice = first_slice,
         .adds = given.adds || first_slice > 0};
     cudaLaunchAttribute cluster = {.id = cudaLaunchAttributeClusterDimension};
