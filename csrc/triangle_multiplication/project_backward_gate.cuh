@@ -89,10 +89,10 @@ struct GateRole : Block<T, C> {
     this->LoadValid(valid, 0, row, 8);
     for (int n = 0; n < share.count; ++n) {
       wait(shared.upstream_arrived[n % S::kTurns], n / S::kTurns % 2);
-      const auto gate = [&](int chunk) {
+      const auto gate = [&](auto chunk) {
         rt<T, 16, 16> upstream[2];  // a block ahead
         LoadBlock(upstream[0], n, chunk, 0, valid);
-        warpgroup::mma_async_wait();
+        warpgroup::mma_async_wait<2 * chunk>();  // both, and not the products behind it
         Pin(both);
 #pragma unroll
         for (int j = 0; j < kHidden / 16; ++j) {
@@ -105,12 +105,12 @@ struct GateRole : Block<T, C> {
       };
       auto& proj = shared.gradient.proj[n % S::kTurns];
       auto& gates = shared.gradient.gate[n % 2];
-      gate(0);
+      gate(std::integral_constant<int, 0>());
       Project(both, n, 1);
       warpgroup::mm_AtBt(dx, proj[0], shared.weight[0].proj);
       warpgroup::mma_AtBt(dx, gates[0], shared.weight[0].gate);
       this->LoadValid(next_valid, n + 1, row, 8);
-      gate(1);
+      gate(std::integral_constant<int, 1>());
       if (warpgroup::laneid() == 0) arrive(shared.gradient_ready[n % 2]);
       warpgroup::mma_AtBt(dx, proj[1], shared.weight[1].proj);
       warpgroup::mma_AtBt(dx, gates[1], shared.weight[1].gate);

@@ -212,7 +212,8 @@ struct SumRole : Block<T, C> {
       wait(shared.gradient_ready[n % 2], n / 2 % 2);
 #pragma unroll
       for (int i = 0; i < C / 64; ++i) warpgroup::mma_AtBt(sums[i], x[i], gradient);
-      if (threadIdx.x == WARPGROUP_THREADS && n > 0 && n + 2 < share.count) this->LoadUpstream(n + 2);
+      if (threadIdx.x == WARPGROUP_THREADS && n > 0 && n + 2 < share.count)
+        this->LoadUpstream(n + 2);
       if (n + 2 < share.count) Normalize(n + 2, valid);
       if (threadIdx.x == 0 && n > 0 && n + 3 < share.count) {
         tma::store_async_read_wait();  // dz of tile n - 1 has left the place of z
