@@ -131,9 +131,9 @@ def test_a_wrong_gradient_is_caught():
 
 
 def test_nan_is_wrong_and_null_in_the_report():
-    assert judge._too_far([float("nan")], [1e-3]) and judge._too_far([float("nan")], None)
-    assert not judge._too_far([2e-3], [1e-3]) and judge._too_far([4e-3], [1e-3])
-    assert run._finite(float("nan")) is None and run._finite(0.5) == 0.5
+    assert judge.too_far([float("nan")], [1e-3]) and judge.too_far([float("nan")], None)
+    assert not judge.too_far([2e-3], [1e-3]) and judge.too_far([4e-3], [1e-3])
+    assert run.finite(float("nan")) is None and run.finite(0.5) == 0.5
 
 
 def test_what_does_not_run_is_a_row_with_its_reason(tmp_path, monkeypatch):

@@ -109,6 +109,46 @@ def contract_bwd(**changes):
     return _ffi.call("genie_contract_bwd", results, *operands, **attributes)
 
 
+def _gated_output(changes, **more):
+    batch, rows, columns, padded, channels, hidden = 2, 3, 5, 8, 128, 64
+    operands = {
+        "z": np.zeros((batch, rows, columns, channels), jnp.bfloat16),
+        "t": np.zeros((batch, hidden, padded, padded), jnp.bfloat16),
+        "mask": np.zeros((batch, rows, columns), bool),
+        **more,
+        "norm_in_scale": np.zeros(channels, np.float32),
+        "norm_in_bias": np.zeros(channels, np.float32),
+        "norm_out_scale": np.zeros(hidden, np.float32),
+        "norm_out_bias": np.zeros(hidden, np.float32),
+        "proj_kernel": np.zeros((hidden, channels), np.float32),
+        "gate_kernel": np.zeros((channels, channels), np.float32),
+        "proj_bias": np.zeros(channels, np.float32),
+        "gate_bias": np.zeros(channels, np.float32),
+    }
+    attributes = {"residual": True, "epsilon": 1e-5}
+    for name, value in changes.items():
+        (operands if name in operands else attributes)[name] = value
+    return operands, attributes
+
+
+def gated_output_fwd(**changes):
+    operands, attributes = _gated_output(changes)
+    result = jax.ShapeDtypeStruct((2, 3, 5, 128), jnp.bfloat16)
+    return _ffi.call("genie_gated_output_fwd", result, *operands.values(), **attributes)
+
+
+def gated_output_bwd(**changes):
+    operands, attributes = _gated_output(changes, d_out=np.zeros((2, 3, 5, 128), jnp.bfloat16))
+    shapes = [(128,), (128,), (64,), (64,), (64, 128), (128, 128), (128,), (128,)]
+    shapes += [(4, (64 + 128) * 128 + 512)]
+    results = [
+        jax.ShapeDtypeStruct((2, 3, 5, 128), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 64, 8, 8), jnp.bfloat16),
+        *(jax.ShapeDtypeStruct((2, *shape), jnp.float32) for shape in shapes),
+    ]
+    return _ffi.call("genie_gated_output_bwd", results, *operands.values(), **attributes)
+
+
 def _attention_stage(target, results, operands, attributes, changes):
     for name, value in changes.items():
         (operands if name in operands else attributes)[name] = value
@@ -198,37 +238,42 @@ def attention_output_bwd(**changes):
     )
 
 
-def _projection_gradients(changes):
+def _projection_gradients(first):
     batch, n, padded, channels, heads, width = 2, 5, 8, 128, 4, 32
     attended = np.zeros((batch, n, n, heads, width), jnp.bfloat16)
-    operands = {
+    return {
         "z": np.zeros((batch, n, n, channels), jnp.bfloat16),
-        "mask": np.zeros((batch, n, n), bool),
+        **first,
         **{f"d{name}": attended for name in ("q", "k", "v", "_gate")},
         "d_bias": np.zeros((batch, heads, n, padded), np.float32),
     }
-    attributes = {"ending": True, "bias_as_z": False, "epsilon": 1e-5}
-    return operands | changes, attributes
 
 
 def attention_project_bwd(**changes):
     channels, heads, width = 128, 4, 32
     kernel = np.zeros((channels, heads, width), np.float32)
-    weights = {
+    operands = {
+        **_projection_gradients({"mask": np.zeros((2, 5, 5), bool)}),
         "d_out": np.zeros((2, 5, 5, channels), jnp.bfloat16),
         "norm_scale": np.zeros(channels, np.float32),
         **{f"{name}_kernel": kernel for name in ("q", "k", "v", "gate")},
         "bias_kernel": np.zeros((channels, heads), np.float32),
+        **changes,
     }
-    operands, attributes = _projection_gradients({**weights, **changes})
-    result = jax.ShapeDtypeStruct(operands["z"].shape, jnp.bfloat16)
-    return _ffi.call("genie_attention_project_bwd", result, *operands.values(), **attributes)
+    results = [
+        jax.ShapeDtypeStruct((2, 5, 5, channels), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 5, 5, 2), jnp.float32),
+    ]
+    attributes = {"ending": True, "bias_as_z": False, "epsilon": 1e-5}
+    return _ffi.call("genie_attention_project_bwd", results, *operands.values(), **attributes)
 
 
 def attention_weights_bwd(**changes):
-    operands, attributes = _projection_gradients(changes)
+    operands = _projection_gradients({"statistics": np.zeros((2, 5, 5, 2), np.float32)})
+    operands |= changes
     shapes = [(2, 3, 4, 128, 128), (2, 3, 4, 128), (2, 3, 128, 16), (2, 3, 16)]
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    attributes = {"ending": True, "bias_as_z": False}
     return _ffi.call("genie_attention_weights_bwd", results, *operands.values(), **attributes)
 
 
@@ -238,6 +283,8 @@ CALLS = {
     "genie_gated_projection_bwd": gated_projection_bwd,
     "genie_contract_fwd": contract_fwd,
     "genie_contract_bwd": contract_bwd,
+    "genie_gated_output_fwd": gated_output_fwd,
+    "genie_gated_output_bwd": gated_output_bwd,
     "genie_attention_project_fwd": attention_project_fwd,
     "genie_attention_output_fwd": attention_output_fwd,
     "genie_pair_attention_bwd": pair_attention_bwd,
@@ -282,6 +329,8 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
         (gated_projection_fwd, ("mask",)),
         (gated_projection_fwd, ("proj_bias", "gate_bias")),
         (gated_projection_bwd, ("mask", "dz_in")),
+        (gated_output_fwd, ("mask", "proj_bias")),
+        (gated_output_bwd, ("mask", "gate_bias")),
         (contract_fwd, ("a_mask",)),
         (contract_bwd, ("a_mask", "b_mask")),
         (attention_project_fwd, ("mask",)),
@@ -289,7 +338,6 @@ def test_only_the_stream_is_missing_on_the_cpu(targets, call):
         (attention_output_fwd, ("gate_bias", "out_bias")),
         (attention_output_bwd, ("mask", "gate_bias")),
         (attention_project_bwd, ("mask", "d_out")),
-        (attention_weights_bwd, ("mask",)),
     ],
     ids=lambda value: value.__name__ if callable(value) else "-".join(value),
 )

@@ -5,33 +5,18 @@ triangle layers are zero, and any swap would pass.
 """
 
 import contextlib
-import importlib.util
-import sys
-import types
 from functools import partial
 
+import haiku_hosts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from draw import distance, mask, pair
-
-import genie_tk_jax
+from draw import distance, pair
+from haiku_hosts import KEY, LAYERS, N, covered, filled
 
 hk = pytest.importorskip("haiku", reason="dm-haiku is not installed")
-
-
-class NoKernels(types.ModuleType):
-    """ColabFold's own kernels, which its AlphaFold imports without asking for: there are none."""
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-
-if importlib.util.find_spec("colabfold_kernels") is None:
-    package = types.ModuleType("colabfold_kernels")
-    package.fused_ops = NoKernels("colabfold_kernels.fused_ops")
-    sys.modules |= {"colabfold_kernels": package, "colabfold_kernels.fused_ops": package.fused_ops}
+haiku_hosts.stand_in_for_colabfold_kernels()
 modules = pytest.importorskip("alphafold.model.modules", reason="AlphaFold 2 is not installed")
 
 from alphafold.model import config as host_config  # noqa: E402
@@ -39,8 +24,7 @@ from alphafold.model import modules_multimer, utils  # noqa: E402
 
 import genie_tk_jax.haiku  # noqa: E402
 
-N = 9
-KEY = jax.random.PRNGKey(0)
+both = partial(haiku_hosts.both, modules)
 
 
 def settings(name="model_1_ptm", fused=True, **changes):
@@ -53,42 +37,6 @@ def settings(name="model_1_ptm", fused=True, **changes):
     for direction in ("outgoing", "incoming"):
         trunk.evoformer[f"triangle_multiplication_{direction}"].fuse_projection_weights = fused
     return trunk, shared
-
-
-def filled(function, *arguments):
-    """Random parameters for a transformed function: no leaf zero or constant."""
-    shapes = jax.eval_shape(function.init, KEY, *arguments)
-    leaves, tree = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        # The widest axis is near the number of inputs, also where a layer stack's axis leads.
-        scale = max(leaf.shape, default=1) ** -0.5
-        return jnp.asarray(("scale" in path) + scale * rng.normal(size=leaf.shape), leaf.dtype)
-
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    return tree.unflatten(map(draw, paths, leaves))
-
-
-def both(function):
-    """`function()` with the host's layers and with ours."""
-    theirs = function()
-    with genie_tk_jax.haiku.swapped(modules):
-        ours = function()
-    return ours, theirs
-
-
-def covered(n, seed=2):
-    """An asymmetric mask in which every row and every column keeps a valid pair."""
-    return jnp.asarray(mask(seed, n) | np.eye(n, dtype=bool), jnp.float32)
-
-
-LAYERS = [
-    "triangle_multiplication_outgoing",
-    "triangle_multiplication_incoming",
-    "triangle_attention_starting_node",
-    "triangle_attention_ending_node",
-]
 
 
 def layer(name, trunk, shared, context=contextlib.nullcontext, **how):

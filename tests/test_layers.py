@@ -1,5 +1,6 @@
 """The layers and the core against the float64 oracle: values, gradients, masks, dtypes."""
 
+import importlib
 from functools import partial
 
 import jax
@@ -45,6 +46,27 @@ def test_equals_the_oracle(op, how, implementation, n, batch, use_bias, residual
     out = layer(z, valid, weights, **how, residual=residual, implementation=implementation)
     assert out.shape == z.shape and out.dtype == z.dtype
     assert distance(out, truth_of(op, how, z, valid, weights, residual=residual)) < 1e-12
+
+
+@pytest.mark.parametrize("how", [how for op, how in LAYERS if op == "triangle_attention"])
+@pytest.mark.parametrize("use_bias, residual", [(True, False), (False, True)])
+def test_the_backward_by_stages_equals_that_of_jax(how, use_bias, residual, float64, monkeypatch):
+    """What runs where there are kernels, on its references, with garbage under the mask."""
+    module = importlib.import_module("genie_tk_jax.ops.triangle_attention")
+    monkeypatch.setattr(module, "_backward_by_rows", module._backward_by_stages)
+    n, batch = 7, (2,)
+    valid, weights = mask(2, n, batch), params("triangle_attention", 3, 16, float64, use_bias)
+    z = jnp.where(valid[..., None], pair(1, n, 16, batch, float64), jnp.nan)
+    cotangent = np.random.default_rng(4).normal(size=z.shape)
+
+    def scalar(z, weights, implementation):
+        out = genie_tk_jax.triangle_attention(
+            z, valid, weights, **how, residual=residual, implementation=implementation
+        )
+        return jnp.sum(out * cotangent)
+
+    found, expected = (jax.grad(scalar, (0, 1))(z, weights, i) for i in (None, "xla"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-11), found, expected)
 
 
 @layers

@@ -6,6 +6,7 @@
 #include "triangle_attention/backward_sm90.h"
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr float kBiasScale = 0.7731f;  // rounding draws of multiples of 1 / 128 would be biased
 
 template <typename T>
 class Problem {
@@ -13,7 +14,7 @@ class Problem {
   Problem(const Case& c, int copies)
       : c_(c),
         copies_(copies),
-        parts_(genie::OutputParts(c.batch, 132)),
+        parts_(std::max<int64_t>(1, 132 / c.batch)),
         norm_scale_(memory_, c.channels, true, 20, 0.3f, 1.f),
         norm_bias_(memory_, c.channels, true, 21, 0.3f),
         gate_bias_(memory_, c.hidden(), true, 22, 0.3f),
@@ -31,6 +32,7 @@ class Problem {
     memory_.Allocate(&d_[3], HiddenSize() * sizeof(T) * copies + kGuard);
     memory_.Allocate(&dz_, PairsSize() * sizeof(T) * copies + kGuard);
     memory_.Allocate(&d_bias_, BiasSize() * sizeof(float));
+    memory_.Allocate(&statistics_, c.pairs() * sizeof(float2));
     const int64_t square = int64_t{c.channels} * c.hidden();
     for (int64_t size : {square, int64_t{c.channels}, 4 * square, int64_t{4} * c.hidden(),
                          int64_t{16} * c.channels, int64_t{16}}) {
@@ -46,7 +48,7 @@ class Problem {
         FillDraws<<<4096, 256>>>(d_[k] + i * HiddenSize(), HiddenSize(), 5 + k, 1.f, 0.1f);
       }
     }
-    FillDraws<<<4096, 256>>>(d_bias_, BiasSize(), 9, 1.f, 0.1f);
+    FillDraws<<<4096, 256>>>(d_bias_, BiasSize(), 9, kBiasScale, 0.1f);
     Check(cudaDeviceSynchronize(), "fill");
   }
 
@@ -56,6 +58,7 @@ class Problem {
     if (which == 0) {
       genie::AttentionOutputBackward p = {};
       Common(p, copy);
+      p.mask = c_.mask == Mask::kNone ? nullptr : mask_, p.epsilon = kEpsilon;
       p.o = o_ + hidden, p.d_out = d_out_ + pairs, p.d_o = d_o_ + hidden, p.d_gate = (void*)d[3];
       p.out_kernel_sums = part_sums_[0], p.out_bias_sums = part_sums_[1];
       p.norm_scale = Data(norm_scale_), p.norm_bias = Data(norm_bias_);
@@ -68,7 +71,8 @@ class Problem {
       Common(p, copy);
       Heads(p, d);
       p.d_out = c_.residual ? d_out_ + pairs : nullptr, p.dz = dz_ + pairs;
-      p.norm_scale = Data(norm_scale_);
+      p.norm_scale = Data(norm_scale_), p.statistics = statistics_;
+      p.mask = c_.mask == Mask::kNone ? nullptr : mask_, p.epsilon = kEpsilon;
       for (int i = 0; i < 4; ++i) p.kernel[i] = kernels_[i].device;
       p.bias_kernel = kernels_[4].device;
       p.kernel_dtype = c_.float_weights ? Float::kF32 : kFloat<T>;
@@ -77,6 +81,7 @@ class Problem {
       genie::AttentionWeightsBackward p = {};
       Common(p, copy);
       Heads(p, d);
+      p.statistics = statistics_;
       p.kernel_sums = part_sums_[2], p.sums = part_sums_[3];
       p.bias_kernel_sums = part_sums_[4], p.bias_sums = part_sums_[5];
       p.parts = Parts(2);
@@ -164,9 +169,8 @@ class Problem {
 
   template <typename P>
   void Common(P& p, int copy) const {
-    p.z = z_ + copy * PairsSize(), p.mask = c_.mask == Mask::kNone ? nullptr : mask_;
+    p.z = z_ + copy * PairsSize(), p.channels = c_.channels, p.ending = c_.ending();
     p.dtype = kFloat<T>, p.batch = c_.batch, p.rows = c_.rows, p.columns = c_.columns;
-    p.channels = c_.channels, p.ending = c_.ending(), p.epsilon = kEpsilon;
   }
   template <typename P>
   void Heads(P& p, const T* const (&d)[4]) const {
@@ -185,7 +189,7 @@ class Problem {
     const int64_t order = c_.node == Node::kUnswapped ? pair : at;
     const int64_t query = order / keys() % queries(), b = order / keys() / queries();
     const int64_t row = (b * c_.heads + column) * queries() + query;
-    return kLog2E * (0.1f + Draw(9, row * BiasColumns() + order % keys()));
+    return kLog2E * (0.1f + kBiasScale * Draw(9, row * BiasColumns() + order % keys()));
   }
 
   struct Pair {
@@ -206,6 +210,7 @@ class Problem {
   std::vector<Weight<T>> kernels_;  // q, k, v, gate, bias
   T *z_, *d_out_, *o_, *d_[4], *d_o_, *dz_;
   float* d_bias_;
+  float2* statistics_;
   std::vector<float*> part_sums_;
   std::vector<int64_t> part_sizes_;
   uint8_t* mask_;

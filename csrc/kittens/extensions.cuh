@@ -120,8 +120,9 @@ __device__ inline void LayerNorm(kittens::rt<T, 16, C>& x, kittens::rt_fl<16, C>
   warp::copy(x, z);
 }
 
-// Tells the semaphore of block `rank` of the cluster that this thread has read what that block sent.
-// It carries nothing that this thread wrote: a release to the cluster waits for its writes to L2.
+// Tells the semaphore of block `rank` of the cluster that this thread has read what that block
+// sent. It carries nothing that this thread wrote: a release to the cluster waits for its writes to
+// L2.
 __device__ inline void ArriveAsReader(kittens::semaphore& s, int rank) {
   asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(
                    kittens::detail::remote_address(&s, rank))

@@ -21,24 +21,24 @@ namespace detail {
 #define KITTENS_D96_OPERANDS KITTENS_D64_OPERANDS, KITTENS_D8(32), KITTENS_D8(40)
 #define KITTENS_D96_NAMES \
   KITTENS_D64_NAMES       \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define KITTENS_D128_OPERANDS KITTENS_D96_OPERANDS, KITTENS_D8(48), KITTENS_D8(56)
 #define KITTENS_D128_NAMES \
   KITTENS_D96_NAMES        \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define KITTENS_D192_OPERANDS \
   KITTENS_D128_OPERANDS, KITTENS_D8(64), KITTENS_D8(72), KITTENS_D8(80), KITTENS_D8(88)
-#define KITTENS_D192_NAMES                                                                      \
-  KITTENS_D128_NAMES                                                                            \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-      "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define KITTENS_D192_NAMES                                                                  \
+  KITTENS_D128_NAMES                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
+  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define KITTENS_D256_OPERANDS \
   KITTENS_D192_OPERANDS, KITTENS_D8(96), KITTENS_D8(104), KITTENS_D8(112), KITTENS_D8(120)
-#define KITTENS_D256_NAMES                                                                         \
-  KITTENS_D192_NAMES                                                                               \
-      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
-      "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
-      "%126, %127"
+#define KITTENS_D256_NAMES                                                                     \
+  KITTENS_D192_NAMES                                                                           \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
 
 template <typename T, int n>
 struct wgmma_step;

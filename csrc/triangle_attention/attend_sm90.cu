@@ -95,7 +95,8 @@ struct Shape {
     Keys k[kStages][kRows], v[kStages][kRows];
     MaskTile<T> mask[kStages][kRows];  // where the row's kind is kSome
     int kind[kStages][kRows];
-    alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
+    alignas(
+        8) unsigned valid[2][kRows][kWords];  // bits of the mask of a chunk, of which there are two
     semaphore arrived[kStages], finished[kStages];
     semaphore q_arrived[kRows][kTiles], q_finished[kRows][kTiles];
   };
@@ -151,19 +152,6 @@ __device__ inline float QuadSum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// 2^x on the multiply-add pipe: 2^n by the exponent's bits and 2^f, |f| <= 1/2, by a polynomial of
-// relative error 9e-5, well under the rounding of the weights to 16 bits.
-__device__ inline float Exp2Polynomial(float x) {
-  constexpr float kShift = 0x1.8p23f;  // leaves n in the low bits of the sum
-  x = fmaxf(x, -126.f);
-  const float shifted = x + kShift, f = x - (shifted - kShift);
-  const float y = fmaf(fmaf(fmaf(f, 0.05550410866f, 0.2402264923f), f, 0.6931471825f), f, 1.f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
-}
-
-#ifndef POLY
-#define POLY 0
-#endif
 // p = 2^(factor s - peak), rounded; returns what the lane's columns sum to in both of its rows.
 template <typename P, typename Logits>
 __device__ float2 Exponentiate(P& p, const Logits& s, float factor, float2 peak) {
@@ -175,39 +163,13 @@ __device__ float2 Exponentiate(P& p, const Logits& s, float factor, float2 peak)
       const float offset = k % 2 ? -peak.y : -peak.x;
       float2 x = s.tiles[0][j].data[k];
       x = {fmaf(x.x, factor, offset), fmaf(x.y, factor, offset)};
-      const bool polynomial = POLY > 0 && (4 * j + k) % (POLY > 0 ? POLY : 1) == 1;
-      const float2 y = {Exp2(x.x), polynomial ? Exp2Polynomial(x.y) : Exp2(x.y)};
+      const float2 y = {Exp2(x.x), Exp2(x.y)};
       sums[k % 2] = base_ops::sum::op(sums[k % 2], y);
       p.tiles[0][j].data[k] = base_types::convertor<typename P::dtype, float2>::convert(y);
     }
   }
   return {sums[0].x + sums[0].y, sums[1].x + sums[1].y};
 }
-
-// Lets the warps that share a scheduler exponentiate one after the other, each at the full rate of
-// the special-function unit, while the products of the others are on their way. All take as many
-// turns, row by row.
-struct Turns {
-  int own, next;  // named barriers: a warp waits at its own, the one before it arrives there
-  __device__ explicit Turns(int row) {
-    constexpr int kFirst = 2;
-    own = kFirst + WARPGROUP_WARPS * row + warpgroup::warpid();
-    next = row + 1 < kRows ? own + WARPGROUP_WARPS : kFirst + warpgroup::warpid();
-    if (row == kRows - 1) Pass();
-  }
-  __device__ void Wait() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(own), "n"(2 * WARP_THREADS) : "memory");
-  }
-  __device__ void Pass() const { PassAfter(0.f); }
-  // Not before `sum`, which is not negative, is known: nothing else would keep them in order.
-  __device__ void PassAfter(float sum) const {
-    asm volatile(
-        "{\n.reg .pred known;\nsetp.geu.f32 known, %2, 0f00000000;\n@known bar.arrive %0, %1;\n}" ::
-            "r"(next),
-        "n"(2 * WARP_THREADS), "f"(sum)
-        : "memory");
-  }
-};
 
 // The unnormalised output of a warp's 16 queries, each row relative to 2^peak.
 template <typename Sums>
@@ -249,15 +211,15 @@ struct Softmax {
 
   // p = the weights of logits s, and their total.
   template <typename P, typename Logits>
-  __device__ void Add(P& p, const Logits& s, float factor, bool first, const Turns& turns) {
+  __device__ void Add(P& p, const Logits& s, float factor, bool first) {
     float2 sums = {INFINITY, INFINITY};
-    turns.Wait();
-    for (bool outgrown = first;; outgrown = true) {
+    bool outgrown = first;
+    while (true) {
       if (outgrown) Raise(s, factor, sums);
       sums = Exponentiate(p, s, factor, peak);
-      if (!__any_sync(~0u, fmaxf(sums.x, sums.y) > kOutgrown)) break;
+      outgrown = __any_sync(~0u, fmaxf(sums.x, sums.y) > kOutgrown);
+      if (!outgrown) break;
     }
-    turns.PassAfter(sums.x + sums.y);
     total.x += sums.x, total.y += sums.y;
   }
 };
@@ -267,22 +229,22 @@ struct Softmax {
 template <typename T, int D>
 __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared, int row) {
   using S = Shape<T, D>;
-  const int keys = g.given.keys, tiles = (keys + kKeys - 1) / kKeys, lane = laneid();
+  const int64_t keys = g.given.keys;
+  const int tiles = (keys + kKeys - 1) / kKeys, lane = laneid();
   Ring<S::kStages> ring;
   int chunk_parity = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
-    const int rows = g.given.rows, pair_row = unit.batch * rows + unit.row + row;
-    const int own_keys = unit.row + row < rows ? keys : 0;
+    const int64_t pair_row = unit.batch * g.given.rows + unit.row + row;
+    const bool exists = unit.row + row < g.given.rows;
+    const uint8_t* mask = g.given.mask ? g.given.mask + pair_row * keys : nullptr;
 
     const auto scan = [&](int chunk) {
       chunk_parity ^= 1;
-      const int first = chunk * kChunk + lane;
-      const uint8_t* mask = g.given.mask + (int64_t{pair_row} * keys + first);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        bool valid = first + i * WARP_THREADS < own_keys;
-        if (valid && g.given.mask) valid = __ldg(mask + i * WARP_THREADS);
+        const int64_t key = int64_t{chunk} * kChunk + i * WARP_THREADS + lane;
+        const bool valid = exists && key < keys && (!mask || __ldg(mask + key));
         const unsigned word = __ballot_sync(~0u, valid);
         if (lane == 0) shared.valid[chunk_parity][row][i] = word;
       }
@@ -326,8 +288,9 @@ __device__ void LoadKeys(const Globals<T, D>& g, typename Shape<T, D>::Shared& s
         if (kind) {
           auto& k = shared.k[ring.stage][row];
           auto& v = shared.v[ring.stage][row];
-          tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {pair_row, tile, unit.head, 0}, arrived);
-          tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {pair_row, tile, unit.head, 0}, arrived);
+          const int i = static_cast<int>(pair_row);
+          tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {i, tile, unit.head, 0}, arrived);
+          tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {i, tile, unit.head, 0}, arrived);
         }
         for (int t = 0; with_bias && t < unit.tiles; ++t) {
           tma::load_async(shared.bias[ring.stage][t], g.bias,
@@ -396,19 +359,17 @@ __device__ void Store(const PairAttention& given, State& state, int64_t pair_row
 // not in units of the logit: in two terms, as T may not hold it.
 template <typename T>
 struct BiasProduct {
-  uint32_t scale[4];  // an A operand
-  uint32_t rest;      // two of four registers of another; the others are zero
-  bool exact;         // all of the rest is zero
-  uint32_t offset;    // of the lane's row of the matrices that it loads
+  uint32_t scale[4], rest[4];  // A operands
+  bool exact;                  // the rest is zero
+  uint32_t offset;             // of the lane's row of the matrices that it loads
 
   __device__ explicit BiasProduct(float root) {
     using convert = base_types::convertor<T, float>;
     const T rounded = convert::convert(root);
     const float left = root - base_types::convertor<float, T>::convert(rounded);
-    scale[0] = scale[3] = Diagonal(rounded), scale[1] = scale[2] = 0;
-    rest = Diagonal(convert::convert(left));
+    SetDiagonal(scale, rounded);
+    SetDiagonal(rest, convert::convert(left));
     exact = left == 0;
-    for (uint32_t& word : scale) Keep(word);
     const int lane = laneid(), row = 16 * warpgroup::warpid() + lane % 16;
     offset = row * 2 * kKeys + ((lane / 16 ^ lane % 8) << 4);
     Keep(offset);
@@ -421,7 +382,7 @@ struct BiasProduct {
     const uint32_t start = kittens::detail::shared_address(bias.data) + offset;
     warp::zero(s);
     Add(s, scale, start);
-    if (!exact) Add(s, {rest, 0, 0, rest}, start);
+    if (!exact) Add(s, rest, start);
   }
 
  private:
@@ -436,10 +397,13 @@ struct BiasProduct {
       kittens::detail::mma_step<T>(to[2], to[3], a, b[2], b[3], to[2], to[3]);
     }
   }
-  static __device__ uint32_t Diagonal(T x) {
+  static __device__ void SetDiagonal(uint32_t (&a)[4], T x) {
     const uint32_t bits = reinterpret_cast<const uint16_t&>(x);
     const int column = laneid() / 4 - laneid() % 4 * 2;
-    return column == 0 ? bits : column == 1 ? bits << 16 : 0;
+    a[0] = a[3] = column == 0 ? bits : column == 1 ? bits << 16 : 0;
+    a[1] = a[2] = 0;
+#pragma unroll
+    for (uint32_t& word : a) Keep(word);
   }
   // What the compiler cannot make again it keeps in its register.
   static __device__ void Keep(uint32_t& word) { asm volatile("" : "+r"(word)); }
@@ -454,7 +418,6 @@ __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& 
   const float root = g.given.folded ? 1.f : sqrtf(float(D));
   const float factor = g.given.folded ? 1.f : kLog2E / root;
   const BiasProduct<T> bias_product(root);
-  const Turns turns(row);
   Ring<S::kStages> ring;
   unsigned q_parities = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
@@ -484,7 +447,7 @@ __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& 
             for (auto& state : softmax) Pin(state.o);
             if (q_finished) warp::arrive(shared.q_finished[row][t]);
             rt<T, 16, kKeys> p;
-            softmax[t].Add(p, s, factor, first, turns);
+            softmax[t].Add(p, s, factor, first);
             warpgroup::mma_AB(softmax[t].o, p, shared.v[ring.stage][row]);
           }
         }
@@ -492,8 +455,6 @@ __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& 
         warpgroup::mma_async_wait();
 #pragma unroll
         for (auto& state : softmax) Pin(state.o);
-      } else {
-        for (int t = 0; t < unit.tiles; ++t) turns.Wait(), turns.Pass();
       }
       warp::arrive(shared.finished[ring.stage]);
       ring.Advance();

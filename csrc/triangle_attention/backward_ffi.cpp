@@ -76,16 +76,15 @@ Error OutputBackward(cudaStream_t stream, AnyBuffer o, AnyBuffer z, Optional<PRE
 
 // What the two kernels that take the gradients of all projections have in common.
 template <class Backward>
-Error FillGradients(Backward& p, const Sizes& s, const AnyBuffer& z, const Optional<PRED, 3>& mask,
-                    const AnyBuffer (&d)[4], const Floats<4>& d_bias) {
+Error FillGradients(Backward& p, const Sizes& s, const AnyBuffer& z, const AnyBuffer (&d)[4],
+                    const Floats<4>& d_bias) {
   for (const Error& error :
-       {ShapeStatus("mask", {s.batch, s.rows, s.columns}, mask),
-        ShapeStatus("gradients of q, k, v and gate", {s.batch, s.i, s.j, s.heads, s.width}, d[0],
+       {ShapeStatus("gradients of q, k, v and gate", {s.batch, s.i, s.j, s.heads, s.width}, d[0],
                     d[1], d[2], d[3]),
         ShapeStatus("d_bias", {s.batch, s.heads, s.queries, s.keys_padded}, d_bias)}) {
     if (error.failure()) return error;
   }
-  p.z = z.untyped_data(), p.mask = MaskOrNull(mask), p.d_bias = d_bias.typed_data();
+  p.z = z.untyped_data(), p.d_bias = d_bias.typed_data();
   for (int i = 0; i < 4; ++i) p.d[i] = d[i].untyped_data();
   p.dtype = FloatOf(z.element_type());
   p.batch = s.batch, p.rows = s.rows, p.columns = s.columns;
@@ -98,8 +97,8 @@ Error ProjectionBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mas
                          AnyBuffer dk, AnyBuffer dv, AnyBuffer d_gate, Floats<4> d_bias,
                          AnyBuffer d_out, Floats<1> norm_scale, AnyBuffer q_kernel,
                          AnyBuffer k_kernel, AnyBuffer v_kernel, AnyBuffer gate_kernel,
-                         AnyBuffer bias_kernel, Result<AnyBuffer> dz, Ending ending,
-                         BiasAsZ bias_as_z, Epsilon epsilon) {
+                         AnyBuffer bias_kernel, Result<AnyBuffer> dz, Result<Floats<4>> statistics,
+                         Ending ending, BiasAsZ bias_as_z, Epsilon epsilon) {
   if (z.dimensions().size() != 4 || q_kernel.dimensions().size() != 3) {
     return Error::InvalidArgument("z must have 4 dimensions and q_kernel 3");
   }
@@ -109,18 +108,21 @@ Error ProjectionBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mas
   for (const Error& error :
        {DtypeStatus(z, {dq, dk, dv, d_gate, residual ? d_out : z, *dz},
                     {q_kernel, k_kernel, v_kernel, gate_kernel, bias_kernel}),
+        ShapeStatus("mask", {s.batch, s.rows, s.columns}, mask),
         ShapeStatus("dz", {s.batch, s.rows, s.columns, s.channels}, *dz),
+        ShapeStatus("statistics", {s.batch, s.i, s.j, 2}, *statistics),
         residual ? ShapeStatus("d_out", {s.batch, s.rows, s.columns, s.channels}, d_out)
                  : Error::Success(),
         ShapeStatus("norm_scale", {s.channels}, norm_scale),
         ShapeStatus("the kernels", {s.channels, s.heads, s.width}, q_kernel, k_kernel, v_kernel,
                     gate_kernel),
         ShapeStatus("bias_kernel", {s.channels, s.heads}, bias_kernel),
-        FillGradients(p, s, z, mask, {dq, dk, dv, d_gate}, d_bias)}) {
+        FillGradients(p, s, z, {dq, dk, dv, d_gate}, d_bias)}) {
     if (error.failure()) return error;
   }
   if (z.element_count() == 0) return Error::Success();
   p.d_out = residual ? d_out.untyped_data() : nullptr, p.dz = dz->untyped_data();
+  p.statistics = reinterpret_cast<float2*>(statistics->typed_data()), p.mask = MaskOrNull(mask);
   p.norm_scale = norm_scale.typed_data(), p.bias_kernel = bias_kernel.untyped_data();
   p.kernel[0] = q_kernel.untyped_data(), p.kernel[1] = k_kernel.untyped_data();
   p.kernel[2] = v_kernel.untyped_data(), p.kernel[3] = gate_kernel.untyped_data();
@@ -129,11 +131,11 @@ Error ProjectionBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mas
   return Launched(p, stream);
 }
 
-Error WeightsBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, AnyBuffer dq,
+Error WeightsBackward(cudaStream_t stream, AnyBuffer z, Floats<4> statistics, AnyBuffer dq,
                       AnyBuffer dk, AnyBuffer dv, AnyBuffer d_gate, Floats<4> d_bias,
                       Result<Floats<5>> kernel_sums, Result<Floats<4>> sums,
                       Result<Floats<4>> bias_kernel_sums, Result<Floats<3>> bias_sums,
-                      Ending ending, BiasAsZ bias_as_z, Epsilon epsilon) {
+                      Ending ending, BiasAsZ bias_as_z) {
   if (z.dimensions().size() != 4 || dq.dimensions().size() != 5) {
     return Error::InvalidArgument("z must have 4 dimensions and dq 5");
   }
@@ -142,17 +144,19 @@ Error WeightsBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, 
   AttentionWeightsBackward p = {};
   for (const Error& error :
        {DtypeStatus(z, {dq, dk, dv, d_gate}, {z}),
+        ShapeStatus("statistics", {s.batch, s.i, s.j, 2}, statistics),
         ShapeStatus("kernel_sums", {s.batch, parts, 4, s.channels, hidden}, *kernel_sums),
         ShapeStatus("sums", {s.batch, parts, 4, hidden}, *sums),
         ShapeStatus("bias_kernel_sums", {s.batch, parts, s.channels, 16}, *bias_kernel_sums),
         ShapeStatus("bias_sums", {s.batch, parts, 16}, *bias_sums),
-        FillGradients(p, s, z, mask, {dq, dk, dv, d_gate}, d_bias)}) {
+        FillGradients(p, s, z, {dq, dk, dv, d_gate}, d_bias)}) {
     if (error.failure()) return error;
   }
   if (z.element_count() == 0) return Error::Success();
   p.kernel_sums = kernel_sums->typed_data(), p.sums = sums->typed_data();
   p.bias_kernel_sums = bias_kernel_sums->typed_data(), p.bias_sums = bias_sums->typed_data();
-  p.parts = parts, p.ending = *ending, p.bias_as_z = *bias_as_z, p.epsilon = *epsilon;
+  p.statistics = reinterpret_cast<const float2*>(statistics.typed_data());
+  p.parts = parts, p.ending = *ending, p.bias_as_z = *bias_as_z;
   return Launched(p, stream);
 }
 

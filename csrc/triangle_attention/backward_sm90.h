@@ -38,17 +38,19 @@ struct AttentionOutputBackward {
 
 // With d the gradients of q, k, v, gate and bias; q and the bias carry the forward's factors.
 struct AttentionProjectionBackward {
-  const void* z;            // [B, N1, N2, C], 16 bit
-  const uint8_t* mask;      // [B, N1, N2] or nullptr
-  const void* d[4];         // of q, k, v and gate, [B, I, J, H, D]
-  const float* d_bias;      // [B, H, Q, Kp]
-  const void* d_out;        // [B, N1, N2, C], added to dz; or nullptr: the layer has no residual
-  void* dz;                 // [B, N1, N2, C]
-  Float dtype;              // of z, d, d_out and dz
-  const float* norm_scale;  // [C]
-  const void* kernel[4];    // of q, k, v and gate, [C, H, D]
-  const void* bias_kernel;  // [C, H]
-  Float kernel_dtype;       // of all five: float32 or z's
+  const void* z;        // [B, N1, N2, C], 16 bit
+  const uint8_t* mask;  // [B, N1, N2] or nullptr
+  const void* d[4];     // of q, k, v and gate, [B, I, J, H, D]
+  const float* d_bias;  // [B, H, Q, Kp]
+  const void* d_out;    // [B, N1, N2, C], added to dz; or nullptr: the layer has no residual
+  void* dz;             // [B, N1, N2, C]
+  float2* statistics;  // [B, I, J], for the weights: z x + y is LayerNorm(z) before scale and bias,
+                       // and x is zero where z reads as zeros
+  Float dtype;         // of z, d, d_out and dz
+  const float* norm_scale;          // [C]
+  const void* kernel[4];            // of q, k, v and gate, [C, H, D]
+  const void* bias_kernel;          // [C, H]
+  Float kernel_dtype;               // of all five: float32 or z's
   int64_t batch, rows, columns;     // B, N1, N2
   int channels, heads, head_width;  // C, H, D
   bool ending, bias_as_z;
@@ -59,7 +61,7 @@ struct AttentionProjectionBackward {
 // gradients of the kernels and of the LayerNorm.
 struct AttentionWeightsBackward {
   const void* z;                        // [B, N1, N2, C], 16 bit
-  const uint8_t* mask;                  // [B, N1, N2] or nullptr
+  const float2* statistics;             // [B, I, J], of the projections' backward
   const void* d[4];                     // of q, k, v and gate, [B, I, J, H, D]
   const float* d_bias;                  // [B, H, Q, Kp]
   float* kernel_sums;                   // [B, P, 4, C, H D]
@@ -70,7 +72,6 @@ struct AttentionWeightsBackward {
   int64_t batch, rows, columns, parts;  // B, N1, N2, P
   int channels, heads, head_width;      // C, H, D
   bool ending, bias_as_z;
-  float epsilon;
 };
 
 // Launch on `stream`. They serve C = H D of 64 and 128, H up to 16, bf16 and fp16, tensors at
@@ -78,10 +79,5 @@ struct AttentionWeightsBackward {
 cudaError_t Launch(const AttentionOutputBackward& backward, cudaStream_t stream);
 cudaError_t Launch(const AttentionProjectionBackward& backward, cudaStream_t stream);
 cudaError_t Launch(const AttentionWeightsBackward& backward, cudaStream_t stream);
-
-// How many partial sums fill a device of `processors` with the blocks of one batch entry.
-constexpr int64_t OutputParts(int64_t batch, int64_t processors) {
-  return batch >= processors ? 1 : processors / batch;
-}
 
 }  // namespace genie

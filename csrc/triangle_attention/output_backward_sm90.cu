@@ -7,7 +7,8 @@
 //
 // Persistent blocks, each of one batch entry. Two consumer warpgroups take tiles of 64 pairs in
 // turn, each with its own stage; a third keeps dWo in its registers, [H D, C] of float32, and takes
-// every stage after them: a overwrites o there. Partial sums are one for each block.
+// every stage after them: x overwrites z there, which saves the consumers registers, and a
+// overwrites o. Partial sums are one for each block.
 #include <algorithm>
 #include <stdexcept>
 
@@ -186,9 +187,9 @@ __global__ __launch_bounds__(S::kThreads,
     auto& stage = shared.stage[consumer];
     for (int n = consumer; n < own_tiles; n += S::kConsumers) {
       const Place at = place(n);
-      rt<T, 16, C> x;
       {
         rt_fl<16, C> z;
+        rt<T, 16, C> x;
         wait(shared.arrived[consumer], n / S::kConsumers % 2);
         warpgroup::load(z, stage.z);
         LayerNorm<T, C>(x, z, shared.norm_scale, shared.norm_bias, g.given.epsilon);
@@ -197,11 +198,14 @@ __global__ __launch_bounds__(S::kThreads,
           return IsValid(g.given.mask, ending, batch, g.given.rows, g.given.columns, at.row,
                          at.position(i));
         });
+        warpgroup::store(stage.z, x);
       }
+      FenceAsyncProxy();
+      warpgroup::sync(consumer + 1);
       for (int chunk = 0; chunk < S::kChunks; ++chunk) {
         rt_fl<16, kHidden> gate, d_a, o;
         row_vec<rt_fl<16, kHidden>> bias;
-        warpgroup::mm_AB(gate, x, shared.gate_weight[chunk]);
+        warpgroup::mm_AB(gate, stage.z, shared.gate_weight[chunk]);
         warpgroup::mm_ABt(d_a, stage.d_out, shared.out_weight[chunk]);
         warpgroup::load(o, stage.o[chunk]);
         warpgroup::mma_async_wait();

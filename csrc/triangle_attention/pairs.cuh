@@ -151,22 +151,21 @@ __device__ void ReplaceGarbage(kittens::rt<T, 16, C>& x,
   }
 }
 
-// z becomes its LayerNorm before scale and bias; returns what it was divided by, inverted.
-template <int C>
-__device__ kittens::col_vec<kittens::rt_fl<16, C>> Normalise(kittens::rt_fl<16, C>& z,
-                                                             float epsilon) {
+// z becomes its LayerNorm before scale and bias, (z - mean) inverse_deviation.
+template <int C, typename Vector>
+__device__ void Normalise(kittens::rt_fl<16, C>& z, Vector& mean, Vector& inverse_deviation,
+                          float epsilon) {
   using namespace kittens;
-  col_vec<rt_fl<16, C>> mean, variance;
+  Vector variance;
   warp::row_sum(mean, z);
   warp::mul(mean, mean, 1.f / C);
   warp::sub_row(z, z, mean);
   rt_fl<16, C> square;
   warp::mul(square, z, z);
   warp::row_sum(variance, square);
-  const auto inverse_deviation =
+  inverse_deviation =
       warp::apply(variance, [&](int, float sum) { return rsqrtf(sum * (1.f / C) + epsilon); });
   warp::mul_row(z, z, inverse_deviation);
-  return inverse_deviation;
 }
 
 // Which of this lane's pairs are garbage under the mask, given what Normalise made of them.

@@ -1,5 +1,5 @@
 // Backward of attention's projections, dz: reads z and the gradients of q, k, v, gate and bias
-// once, writes dz once: 1,552 bytes a pair at C = H D = 128 (256 more with a residual) against 132
+// once, writes dz once: 1,560 bytes a pair at C = H D = 128 (256 more with a residual) against 132
 // kFLOP, so HBM is busy for three times as long as the tensor cores.
 //
 //   dx = sum d W^T over the projections    dz = LayerNorm's backward of dx    (+ d_out)
@@ -91,6 +91,19 @@ __device__ void DifferentiateNorm(rt_fl<16, C>& dx, rt_fl<16, C>& y,
   warp::mul_row(y, y, along);
   warp::bin_map<base_ops::sub>(dx, dx, y);
   warp::mul_row(dx, dx, inverse_deviation);
+}
+
+template <typename T, int C, int HD>
+__device__ void WriteStatistics(const Globals<T, C, HD>& g, const Place& at, float2 mean,
+                                float2 inverse_deviation, const bool (&garbage)[2]) {
+  if (laneid() % 4 != 0) return;
+  float2* row = g.given.statistics + (int64_t{at.batch} * g.rows + at.row) * g.columns;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float factor = garbage[i] ? 0.f : i ? inverse_deviation.y : inverse_deviation.x;
+    const float product = (i ? mean.y : mean.x) * factor;
+    if (at.position(i) < g.columns) row[at.position(i)] = {factor, garbage[i] ? 0.f : -product};
+  }
 }
 
 template <typename T, int C, int HD, typename S = Shape<T, C, HD>>
@@ -194,11 +207,13 @@ __global__ __launch_bounds__(S::kThreads, 1) void ProjectionBackward(
         LoadColumns(y, shared.slot[slot].half[consumer], chunk);
         step();
       }
-      const auto inverse_deviation = Normalise(y, g.given.epsilon);
+      col_vec<rt_fl<16, C>> mean, inverse_deviation;
+      Normalise(y, mean, inverse_deviation, g.given.epsilon);
       FindGarbage<C>(garbage, y, [&](int i) {
         return IsValid(g.given.mask, ending, at.batch, g.given.rows, g.given.columns, at.row,
                        at.position(i));
       });
+      WriteStatistics(g, at, mean[0][0], inverse_deviation[0][0], garbage);
       DifferentiateNorm(dx, y, shared.norm_scale, inverse_deviation);
       if (residual) {
 #pragma unroll

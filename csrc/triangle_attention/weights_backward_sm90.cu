@@ -1,5 +1,5 @@
 // Backward of attention's projections, weights: reads z twice (from L2 once) and the gradients of
-// q, k, v, gate and bias once: 1,296 bytes a pair at C = H D = 128 against 132 kFLOP, so HBM is
+// q, k, v, gate and bias once: 1,304 bytes a pair at C = H D = 128 against 132 kFLOP, so HBM is
 // busy for twice as long as the tensor cores.
 //
 //   dW = sum of y^T d over pairs, y = LayerNorm(z) before scale and bias, and sum of d
@@ -101,37 +101,66 @@ __device__ void Sum(const Globals<T, C, HD>& g, typename S::Shared& shared, int 
   WriteColumns<HD>(g.given.sums + entry * HD, sums, shared.scratch[summer], summer + 1);
 }
 
+// What a lane reads of a tile from memory, a tile ahead: the statistics of its two rows, d_bias.
+template <bool with_bias, typename T>
+struct Ahead {
+  float2 statistics[2];
+  rt<T, 16, kHeads> d_bias;
+
+  template <int C, int HD>
+  __device__ void Load(const Globals<T, C, HD>& g, const Place& at) {
+    const float2* row = g.given.statistics + (int64_t{at.batch} * g.rows + at.row) * g.columns;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = at.position(i);
+      statistics[i] = column < g.columns ? __ldg(row + column) : float2{0, 0};
+    }
+    if constexpr (with_bias) LoadBiasGradient<T>(d_bias, g.given, at, g.rows, g.columns);
+  }
+};
+
+// y = z statistics.x + statistics.y, row by row.
+template <typename T, int C>
+__device__ void Normalise(rt<T, 16, C>& y, rt_fl<16, C>& z, const float2 (&statistics)[2]) {
+  const unsigned keep[2] = {statistics[0].x != 0, statistics[1].x != 0};
+#pragma unroll
+  for (int j = 0; j < C / TILE_DIM; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const auto [factor, offset] = statistics[k % 2];
+      float2& pair = z.tiles[0][j].data[k];
+      pair = {fmaf(pair.x, factor, offset), fmaf(pair.y, factor, offset)};
+    }
+  }
+  warp::copy(y, z);
+  KeepRows(y, keep);
+}
+
 // Overwrites z by y in every stage, and, with the bias, sums what its kernel's gradient needs.
-template <bool with_bias, typename T, int C, int HD, typename Place_, typename S = Shape<T, C, HD>>
+template <bool with_bias, typename T, int C, int HD, typename FindPlace,
+          typename S = Shape<T, C, HD>>
 __device__ void Norm(const Globals<T, C, HD>& g, typename S::Shared& shared, int part,
-                     int own_tiles, Place_&& place) {
+                     int own_tiles, FindPlace&& place) {
   constexpr int kBarrier = kSummers + 1;
   rt_fl<16, kHeads> kernel[S::kBlocks];
   float sums[8] = {};
 #pragma unroll
   for (int block = 0; block < S::kBlocks; ++block) warp::zero(kernel[block]);
+  Ahead<with_bias, T> next;
+  if (own_tiles > 0) next.Load(g, place(0));
   for (int n = 0; n < own_tiles; ++n) {
-    const Place at = place(n);
     const int stage = n % S::kStages;
     auto& pairs = shared.stage[stage].z;
+    const Ahead<with_bias, T> now = next;
+    if (n + 1 < own_tiles) next.Load(g, place(n + 1));
     {
       rt_fl<16, C> z;
       rt<T, 16, C> y;
-      rt<T, 16, kHeads> d_bias;
-      bool garbage[2];
       wait(shared.arrived[stage], n / S::kStages % 2);
-      if constexpr (with_bias) LoadBiasGradient<T>(d_bias, g.given, at, g.rows, g.columns);
       warpgroup::load(z, pairs);
-      Normalise(z, g.given.epsilon);
-      FindGarbage<C>(garbage, z, [&](int i) {
-        return IsValid(g.given.mask, g.given.ending, at.batch, g.given.rows, g.given.columns,
-                       at.row, at.position(i));
-      });
-      const unsigned keep[2] = {!garbage[0], !garbage[1]};
-      warp::copy(y, z);
-      KeepRows(y, keep);
+      Normalise(y, z, now.statistics);
       warpgroup::store(pairs, y);
-      if constexpr (with_bias) warpgroup::store(shared.d_bias, d_bias);
+      if constexpr (with_bias) warpgroup::store(shared.d_bias, now.d_bias);
     }
     FenceAsyncProxy();
     warp::sync();

@@ -1,6 +1,8 @@
 // What the handlers of triangle multiplication share: dtypes, padding and attributes.
 #pragma once
 
+#include <initializer_list>
+
 #include "ffi.h"
 #include "triangle_multiplication/project_sm90.h"
 
@@ -29,6 +31,22 @@ inline Error KernelDtypeStatus(DataType z, const AnyBuffer& proj_kernel,
   }
   if (gate_kernel.element_type() != dtype || (dtype != z && dtype != DataType::F32)) {
     return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
+  }
+  return Error::Success();
+}
+
+// An error unless pairs of channels have z's dtype and contractions the one that goes with it.
+inline Error OutputDtypeStatus(DataType z, std::initializer_list<AnyBuffer> pairs,
+                               std::initializer_list<AnyBuffer> contractions) {
+  for (const AnyBuffer& buffer : pairs) {
+    if (buffer.element_type() == z) continue;
+    return Error::InvalidArgument("out, d_out and dz must have z's dtype");
+  }
+  const DataType contracted = z == DataType::BF16 ? DataType::BF16 : DataType::F32;
+  for (const AnyBuffer& buffer : contractions) {
+    if (buffer.element_type() == contracted) continue;
+    return Error::InvalidArgument(
+        "t and dt must be bfloat16 for bfloat16 z and float32 for float16 z");
   }
   return Error::Success();
 }

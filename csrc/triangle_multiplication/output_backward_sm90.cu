@@ -30,16 +30,16 @@ using namespace kittens;
 constexpr int kPairs = 64;    // of a tile: the rows of one WGMMA
 constexpr int kColumns = 64;  // of a chunk of channels: one 128-byte swizzled row of B
 
-// Sizes by channels and hidden channels. Two summers take 152 registers of a thread each, which
-// leaves 104 to each of two mains. float32 t fills the space of a second main.
+// Sizes by channels and hidden channels. Two summers take 160 registers of a thread each, which
+// leaves 96 to each of two mains. float32 t fills the space of a second main.
 template <typename T, int C, int H>
 struct Shape {
   using Contracted = std::conditional_t<std::is_same_v<T, bf16>, bf16, float>;
   static constexpr bool kInPlace = std::is_same_v<T, Contracted>;  // y over t
   static constexpr int kMains = kInPlace ? 2 : 1;
   static constexpr int kThreads = (kMains + 2) * WARPGROUP_THREADS;
-  static constexpr int kMainRegisters = kMains == 2 ? 96 : 200, kSummerRegisters = 160;
-  static_assert(kMains * kMainRegisters + 2 * kSummerRegisters <= 512);
+  static constexpr int kMainRegisters = 96, kSummerRegisters = 160;  // where there are two mains
+  static_assert(2 * kMainRegisters + 2 * kSummerRegisters <= 512);
   static constexpr int kStages = kMains + 1, kHiddenStages = kMains + 1;
   static constexpr int kTurns = (kStages + kMains - 1) / kMains * kMains;
   static constexpr int kChunks = C / kColumns;
@@ -541,7 +541,7 @@ cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
 
 cudaError_t Launch(const GatedOutputBackward& p, cudaStream_t stream) {
   const GatedOutput& of = p.of;
-  const bool sizes = of.batch >= 1 && of.batch < 65536 && of.rows >= 1 && of.columns >= 1 &&
+  const bool sizes = of.batch >= 1 && of.batch < 65536 && of.rows >= 0 && of.columns >= 0 &&
                      of.rows_padded == (of.rows + 7) / 8 * 8 &&
                      of.columns_padded == (of.columns + 7) / 8 * 8 &&
                      of.columns < int64_t{1} << 31 && p.blocks >= 1;
@@ -549,6 +549,11 @@ cudaError_t Launch(const GatedOutputBackward& p, cudaStream_t stream) {
   const auto kernels =
       reinterpret_cast<uintptr_t>(of.proj_kernel) | reinterpret_cast<uintptr_t>(of.gate_kernel);
   if (!sizes || !types || kernels % sizeof(uint4) != 0) return cudaErrorInvalidValue;
+  if (of.rows == 0 || of.columns == 0) {  // the reduction then adds nothing but zeros
+    GatedOutputBackward empty = p;
+    empty.blocks = 0;
+    return LaunchReduction(empty, stream);
+  }
   const cudaError_t status = of.dtype == Float::kBf16  ? LaunchFor<bf16>(p, stream)
                              : of.dtype == Float::kF16 ? LaunchFor<half>(p, stream)
                                                        : cudaErrorInvalidValue;

@@ -6,7 +6,7 @@ namespace genie {
 namespace {
 
 using xla::ffi::F32;
-using xla::ffi::U8;
+using xla::ffi::PRED;
 
 Error Launched(const GatedOutput& output, cudaStream_t stream) {
   if (Error error = DeviceStatus(); error.failure()) return error;
@@ -17,14 +17,7 @@ Error Launched(const GatedOutput& output, cudaStream_t stream) {
                                 "with rows of " + std::to_string(output.columns_padded));
 }
 
-// An error unless t and out have the dtypes that go with z's.
-Error ArrayDtypeStatus(DataType z, DataType t, DataType out) {
-  if (out != z) return Error::InvalidArgument("out must have z's dtype");
-  if (t == (z == DataType::BF16 ? DataType::BF16 : DataType::F32)) return Error::Success();
-  return Error::InvalidArgument("t must be bfloat16 for bfloat16 z and float32 for float16 z");
-}
-
-Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional<U8, 3> mask,
+Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional<PRED, 3> mask,
                          Buffer<F32, 1> norm_in_scale, Buffer<F32, 1> norm_in_bias,
                          Buffer<F32, 1> norm_out_scale, Buffer<F32, 1> norm_out_bias,
                          AnyBuffer proj_kernel, AnyBuffer gate_kernel, Optional<F32, 1> proj_bias,
@@ -38,7 +31,7 @@ Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional
   const int64_t rows_padded = t.dimensions()[2], columns_padded = t.dimensions()[3];
   for (const Error& error :
        {KernelDtypeStatus(z.element_type(), proj_kernel, gate_kernel),
-        ArrayDtypeStatus(z.element_type(), t.element_type(), out->element_type()),
+        OutputDtypeStatus(z.element_type(), {*out}, {t}),
         ShapeStatus("t", {batch, hidden, Padded(rows), Padded(columns)}, t),
         ShapeStatus("out", {batch, rows, columns, channels}, *out),
         ShapeStatus("mask", {batch, rows, columns}, mask),
@@ -52,7 +45,7 @@ Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional
   if (z.element_count() == 0) return Error::Success();
   return Launched({.z = z.untyped_data(),
                    .t = t.untyped_data(),
-                   .mask = DataOrNull(mask),
+                   .mask = MaskOrNull(mask),
                    .out = out->untyped_data(),
                    .dtype = FloatOf(z.element_type()),
                    .norm_in_scale = norm_in_scale.typed_data(),

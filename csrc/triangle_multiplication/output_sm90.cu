@@ -181,7 +181,8 @@ __global__ __launch_bounds__(S::kThreads,
         LoadTransposed(t, shared.t[n % S::kHiddenStages], warp_row);
         warp::sync();
         warp::arrive(t_phases.Finished(n));
-        Normalize(y, t, MomentsOf<true>(t, g.given.epsilon), shared.norm_out_scale, shared.norm_out_bias);
+        Normalize(y, t, MomentsOf<true>(t, g.given.epsilon), shared.norm_out_scale,
+                  shared.norm_out_bias);
       }
       if (n >= S::kConsumers) {  // by now the last output has left its tile of z
         warp::tma::store_async_read_wait();
@@ -191,7 +192,8 @@ __global__ __launch_bounds__(S::kThreads,
       z_phases.WaitArrived(n);
       warpgroup::load(x, z_tile);
       KeepReadable(x, readable);
-      Normalize(x, x, MomentsOf<true>(x, g.given.epsilon), shared.norm_in_scale, shared.norm_in_bias);
+      Normalize(x, x, MomentsOf<true>(x, g.given.epsilon), shared.norm_in_scale,
+                shared.norm_in_bias);
 
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
         rt_fl<16, kColumns> gate, proj;

@@ -102,7 +102,7 @@ def judge(
         fields["temporary_bytes"] = temporary_bytes(program)
         if contestant.name == LIBRARY:
             fields["ran"] = [x._asdict() for x in explain(attempt.step, *attempt.operands)]
-        if reason := _too_far(errors, yardstick):
+        if reason := too_far(errors, yardstick):
             return Verdict("wrong", reason, fields)
         found = timed(attempt.step, attempt.operands, repeats)
         return Verdict("ok", "", fields | found._asdict())
@@ -116,7 +116,7 @@ def _errors(attempt: Trial, program: Any, truth: Truth) -> list[float]:
     return [float(distance(x, y)) for x, y in zip(results, truth.results, strict=False)]
 
 
-def _too_far(errors: list[float], yardstick: list[float] | None) -> str:
+def too_far(errors: list[float], yardstick: list[float] | None) -> str:
     """Why a contestant with these errors is wrong, or nothing."""
     limits = [max(WRONG * x, NEGLIGIBLE) for x in yardstick or [float("inf")] * len(errors)]
     for name, error, limit in zip(("outputs", "gradients"), errors, limits, strict=False):

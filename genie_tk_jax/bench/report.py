@@ -54,27 +54,27 @@ def line(row: Row) -> str:
     rates = f"{row['flops'] / row['ms'] / 1e9:>8.3g} {row['bytes'] / row['ms'] / 1e6:>7.0f}"
     rates += f" {_share(row):>6}"
     memory = _mebibytes(row["temporary_bytes"])
-    ran = f"  {_kernels(row)}" if row["ran"] else ""
+    ran = f"  {kernels_ran(row)}" if row["ran"] else ""
     return f"{start}{row['ms']:>9.4g} {spread:>7.0%} {rates} {memory:>9} {error:>8.1e}{ran}"
 
 
 def show(report: dict[str, Any]) -> None:
     """Prints the comparison of one report, with rich where it is installed."""
-    cells = [compared(rows) for rows in grouped(merged([report]), PROBLEM).values()]
+    lines = [compared(rows) for rows in grouped(merged([report]), PROBLEM).values()]
     try:
         from rich.console import Console
         from rich.table import Table
     except ModuleNotFoundError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-        for row in (COLUMNS, *cells):
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
+        for row in (COLUMNS, *lines):
             print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
         return
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
-    table = Table(title=_title(report))
+    table = Table(title=title(report))
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("workload", "pass") else "right")
-    for row in cells:
+    for row in lines:
         table.add_row(*row)
     console.print(table)
 
@@ -85,13 +85,13 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
     for group, rows in grouped(merged(reports), GROUP).items():
         about = dict(zip(GROUP, group, strict=True))
         ran = [report for report in reports if report["device"]["name"] == about["device"]]
-        parts += [*dict.fromkeys(_title(report) + "." for report in ran), ""]
+        parts += [*dict.fromkeys(title(report) + "." for report in ran), ""]
         share = f"{about['masked']:.0%} of the pairs masked"
         widths = f"{about['channels']} channels, {about['heads']} heads"
         parts += [f"{about['dtype']}, {widths}, {share}; medians.", ""]
-        parts += [_cells(COLUMNS), _cells(["---"] * len(COLUMNS))]
+        parts += [cells(COLUMNS), cells(["---"] * len(COLUMNS))]
         problems = sorted(grouped(rows, ("workload", "pass", "n")).items(), key=_place(rows))
-        parts += [*(_cells(compared(some)) for _, some in problems), ""]
+        parts += [*(cells(compared(some)) for _, some in problems), ""]
     return "\n".join(parts).rstrip()
 
 
@@ -114,7 +114,7 @@ def compared(rows: Sequence[Row]) -> list[str]:
     return [
         *(first["workload"], first["pass"], str(first["n"])),
         _milliseconds(ours),
-        _kernels(ours) if ours else NOTHING,
+        kernels_ran(ours) if ours else NOTHING,
         _share(ours) if ours else NOTHING,
         _milliseconds(plain),
         f"{_milliseconds(best)} {best['contestant']}" if best else NOTHING,
@@ -151,18 +151,18 @@ def _mebibytes(size: int | None) -> str:
     return NOTHING if size is None else f"{size / 2**20:.1f}"
 
 
-def _kernels(row: Row) -> str:
+def kernels_ran(row: Row) -> str:
     """How many of the ops that ran are our kernels; on the CPU none is, whatever was chosen."""
     ran = row["ran"] or ()
     return f"{sum(op['implementation'] == 'cuda' for op in ran)} of {len(ran)}" if ran else NOTHING
 
 
-def _title(report: dict[str, Any]) -> str:
+def title(report: dict[str, Any]) -> str:
     driver = report["device"]["driver"]
     name = report["device"]["name"] + (f", driver {driver}" if driver else "")
     versions = ", ".join(f"{package} {version}" for package, version in report["versions"].items())
     return f"{name}, {report['date'][:10]}: {versions}"
 
 
-def _cells(texts: Iterable[str]) -> str:
+def cells(texts: Iterable[str]) -> str:
     return f"| {' | '.join(texts)} |"

@@ -83,7 +83,7 @@ def bench(options: Options, out: Path, arguments: list[str], tell: Callable[[Row
                 ahead.compile_all(list(_tasks(of_size)), options.jobs)
             for row in _rows(of_size):
                 report["rows"].append(row)
-                _write(out / "results.json", report)
+                write(out / "results.json", report)
                 tell(row)
     return report
 
@@ -104,7 +104,7 @@ def _report(options: Options, arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def write(path: Path, report: dict[str, Any]) -> None:
     """Replaces the file at once, so that it is whole whenever a run is stopped."""
     partial_path = path.with_suffix(".part")
     text = json.dumps(report, indent=1, allow_nan=False)
@@ -189,7 +189,7 @@ def _row(options, workload, sizes, dtype, which, name, verdict: Verdict) -> Row:
         "contestant": name,
         "status": verdict.status,
         "reason": verdict.reason,
-        **{key: _finite(value) for key, value in measured.items()},
+        **{key: finite(value) for key, value in measured.items()},
         "flops": flops,
         "bytes": moved,
         **shares,
@@ -213,7 +213,7 @@ def _against_ceiling(verdict: Verdict, flops: float, moved: float):
     return Verdict("wrong", reason, {**verdict.fields, "ms": None}), shares
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: the error of results that hold one is null."""
     return None if isinstance(value, float) and not jnp.isfinite(value) else value
 

@@ -45,16 +45,30 @@ def compiled(step: Callable, operands: tuple) -> Any:
       MemoryError: results and temporaries do not fit in the memory that is left; nothing ran.
     """
     program = jax.jit(step).lower(*operands).compile()
+    check_memory(program)
+    return program
+
+
+def check_memory(program: Any) -> None:
+    """Raises MemoryError if a call's results and temporaries do not fit in what is left."""
     needed, left = _needed(program), _memory_left()
     if needed > left:
         raise MemoryError(f"needs {needed / 2**30:.1f} GiB; {left / 2**30:.1f} GiB are left")
-    return program
 
 
 def temporary_bytes(program: Any) -> int | None:
     """Temporaries of one call by XLA's analysis; None where the platform has none."""
     analysis = program.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def peak_bytes(program: Any) -> int | None:
+    """Arguments, results and temporaries of one call by XLA's analysis; None where it has none."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return None
+    arguments = analysis.argument_size_in_bytes - analysis.alias_size_in_bytes
+    return arguments + _needed(program)
 
 
 def _needed(program: Any) -> int:

@@ -116,19 +116,19 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
     z, mask, dq, dk, dv, d_bias, d_gate, d_out = arrays
     batch, i, j, heads, width = dq.shape
     channels, hidden, parts = z.shape[-1], heads * width, _parts((batch, i, j), BLOCKS // 2)
-    static = {
-        "ending": node == "ending",
-        "bias_as_z": ending_bias == "unswapped",
-        "epsilon": epsilon,
-    }
-    gradients = z, mask, dq, dk, dv, d_gate, d_bias
-    dz = _ffi.call(
+    static = {"ending": node == "ending", "bias_as_z": ending_bias == "unswapped"}
+    gradients = dq, dk, dv, d_gate, d_bias
+    statistics = jax.ShapeDtypeStruct((batch, i, j, 2), jnp.float32)
+    dz, statistics = _ffi.call(
         "genie_attention_project_bwd",
-        jax.ShapeDtypeStruct(z.shape, z.dtype),
+        (jax.ShapeDtypeStruct(z.shape, z.dtype), statistics),
+        z,
+        mask,
         *gradients,
         d_out,
         attention_stages.norm(weights)[0],
         *_reference.kernels(z.dtype, *(weights[name] for name in (*PROJECTIONS, "pair_bias"))),
+        epsilon=epsilon,
         **static,
     )
     shapes = [
@@ -138,7 +138,7 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
         (batch, parts, HEADS_PADDED),
     ]
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    sums = _ffi.call("genie_attention_weights_bwd", results, *gradients, **static)
+    sums = _ffi.call("genie_attention_weights_bwd", results, z, statistics, *gradients, **static)
     kernels, totals, bias_kernel, bias_total = (jnp.sum(x, 1) for x in sums)
     products = {name: kernels[:, n] for n, name in enumerate(PROJECTIONS)}
     totals = {name: totals[:, n] for n, name in enumerate(PROJECTIONS)}

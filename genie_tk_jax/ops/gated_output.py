@@ -5,11 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _reference
-from genie_tk_jax._stage import stage
+from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax._stage import Kernel, stage
 from genie_tk_jax.params import checked, triangle_multiplication_spec
 
 GROUPS = ("norm_in", "norm_out", "proj_out", "gate_out")
+NORM = ("scale", "bias")
+WIDTHS = (64, 128, 256)
 
 
 def reference(arrays, weights, *, residual, epsilon):
@@ -27,6 +29,41 @@ def reference(arrays, weights, *, residual, epsilon):
     return z + update if residual else update
 
 
+def unsupported(arrays, weights, **_) -> str | None:
+    """Why the kernel cannot serve these arguments, or None."""
+    z, t, *_ = arrays
+    if z.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"z must be bfloat16 or float16; got {z.dtype}"
+    expected = jnp.bfloat16 if z.dtype == jnp.bfloat16 else jnp.float32
+    if t.dtype != expected:
+        return f"t must be {jnp.dtype(expected)} for {z.dtype} z; got {t.dtype}"
+    for name, width in (("c_z", z.shape[-1]), ("c_hidden", t.shape[1])):
+        if width not in WIDTHS:
+            return f"{name} must be one of {WIDTHS}; got {width}"
+    return None
+
+
+def _parameters(dtype, weights):
+    """Weights in the order and the dtypes that the kernels read."""
+    norm_in, norm_out, projection, gate = (weights[group] for group in GROUPS)
+    return (
+        *(norm[name].astype(jnp.float32) for norm in (norm_in, norm_out) for name in NORM),
+        *_reference.kernels(dtype, projection, gate),
+        *_reference.biases(projection, gate),
+    )
+
+
+def _kernel(arrays, weights, *, residual, epsilon):
+    z, t, mask = arrays
+    return _ffi.call(
+        "genie_gated_output_fwd",
+        jax.ShapeDtypeStruct(z.shape, z.dtype),
+        *(z, t, mask, *_parameters(z.dtype, weights)),
+        residual=residual,
+        epsilon=epsilon,
+    )
+
+
 def _backward_reference(arrays, weights, *, residual, epsilon):
     z, t, mask, d_out = arrays
     (dz, dt), d_weights = _reference.pullback(
@@ -35,14 +72,58 @@ def _backward_reference(arrays, weights, *, residual, epsilon):
     return dz, dt, d_weights
 
 
+def _backward_unsupported(arrays, weights, **static) -> str | None:
+    z, t, *_ = arrays
+    if 256 in (z.shape[-1], t.shape[1]):
+        return "c_z and c_hidden must be 64 or 128: wider products outgrow a block's registers"
+    return unsupported(arrays, weights, **static)
+
+
+# Each block sums what its pairs bring to the gradients of weights; no more blocks than the largest
+# GPU runs at once, and no fewer than two tiles of 64 pairs for each.
+BLOCKS, TILE, TILES_PER_BLOCK = 132, 64, 2
+COLUMN_SUMS = 512  # floats beside the products in a block's partial sums
+
+
+def _backward_kernel(arrays, weights, *, residual, epsilon):
+    z, t, mask, d_out = arrays
+    (batch, rows, columns, channels), hidden = z.shape, t.shape[1]
+    tiles = rows * -(-columns // TILE)
+    blocks = max(1, min(BLOCKS // max(1, batch), tiles // TILES_PER_BLOCK))
+    partial_size = (hidden + channels) * channels + COLUMN_SUMS
+    shapes = [(channels,)] * 2 + [(hidden,)] * 2 + [(hidden, channels), (channels, channels)]
+    shapes += [(channels,)] * 2 + [(blocks, partial_size)]
+    gradients = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in shapes]
+    dz, dt, *found, _ = _ffi.call(
+        "genie_gated_output_bwd",
+        (*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (z, t)), *gradients),
+        *(z, t, mask, d_out, *_parameters(z.dtype, weights)),
+        residual=residual,
+        epsilon=epsilon,
+    )
+    norm_in, norm_out, kernels, biases = (tuple(found[i : i + 2]) for i in range(0, 8, 2))
+    d_weights = [dict(zip(NORM, norm, strict=True)) for norm in (norm_in, norm_out)]
+    for group, kernel, bias in zip(GROUPS[2:], kernels, biases, strict=True):
+        d_weights.append({"kernel": kernel} | ({"bias": bias} if "bias" in weights[group] else {}))
+    return dz, dt, dict(zip(GROUPS, d_weights, strict=True))
+
+
 AXES = "b i j c, b h i j, b i j"
-forward = stage("gated_output", reference, f"{AXES} -> b i j c", whole="c h", padded="i j")
+forward = stage(
+    "gated_output",
+    reference,
+    f"{AXES} -> b i j c",
+    whole="c h",
+    padded="i j",
+    kernel=Kernel(_kernel, unsupported),
+)
 backward = stage(
     "gated_output_backward",
     _backward_reference,
     f"{AXES}, b i j c -> b i j c, b h i j",
     whole="c h",
     padded="i j",
+    kernel=Kernel(_backward_kernel, _backward_unsupported),
 )
 
 
@@ -117,5 +198,5 @@ def gated_output(
         _dispatch.choose(op, "xla", None, (z, t))
         out = reference((z, t, mask), weights, residual=residual, epsilon=epsilon)
     else:
-        out = _op(z, t, mask, weights, residual, epsilon, implementation)
+        out = _op(z, _reference.padded(t), mask, weights, residual, epsilon, implementation)
     return shapes.unfold(out)
