@@ -254,8 +254,11 @@ int main(int argc, char** argv) {
     }
     cases.push_back({{3, 77, 65, 128, 128, Mask::kRandom, false, false}, true, 5});
     cases.push_back({{2, 1, 200, 128, 128, Mask::kRandom, true, true, 64}});
-    failures += CheckAll<__nv_bfloat16>(cases) + CheckAll<__half>(cases);
-    failures += CheckAll<__nv_bfloat16>({{{1, 512, 512, 128, 128}}});
+    failures += CheckAll<__nv_bfloat16>(cases);
+    failures += CheckAll<__half>({{{1, 77, 129, 128, 128}},
+                                  {{1, 33, 200, 128, 64}, false, 3},
+                                  {{1, 33, 200, 64, 256}},
+                                  {{3, 77, 65, 128, 128, Mask::kRandom, false, false}, true, 5}});
   }
   if (argc > 2) {
     const int64_t n = std::atol(argv[2]);

@@ -14,7 +14,7 @@ struct BackwardCase {
     if (parts) return parts;
     const int64_t tiles = forward.rows * ((forward.columns + 63) / 64);
     const int64_t members = forward.hidden == 64 ? 1 : 2;
-    return std::clamp<int64_t>(tiles / 4, 1, std::max<int64_t>(1, 132 / members / forward.batch));
+    return std::clamp<int64_t>(tiles / 2, 1, std::max<int64_t>(1, 132 / members / forward.batch));
   }
 };
 

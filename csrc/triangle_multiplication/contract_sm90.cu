@@ -11,7 +11,6 @@
 
 #include "triangle_multiplication/contract_tiles.cuh"
 
-
 namespace genie {
 namespace {
 

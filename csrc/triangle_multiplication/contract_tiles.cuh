@@ -1,4 +1,5 @@
-// The geometry of the contraction: tiles, the steps along their depth, and the ring they go through.
+// The geometry of the contraction: tiles, the steps along their depth, and the ring they go
+// through.
 #pragma once
 
 #include <type_traits>
@@ -93,8 +94,7 @@ __device__ Place Locate(const G& g, int tile) {
   const int columns = g.operations[operation].column_tiles;
   const int band = rest / (kBand * columns), within = rest % (kBand * columns);
   const int height = min(kBand, rows - band * kBand);
-  return {operation, batch, batch / g.channels, band * kBand + within % height,
-          within / height};
+  return {operation, batch, batch / g.channels, band * kBand + within % height, within / height};
 }
 
 // Which of the 32 steps from `first` on have terms, a bit each; all lanes of a warp call it.

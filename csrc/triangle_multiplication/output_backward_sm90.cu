@@ -171,8 +171,8 @@ __device__ inline void Gate(Tile& d, Tile& ds, const Sums& s, const Sums& p,
     for (int k = 0; k < 4; ++k) {
       const float2 s0 = s.tiles[0][j].data[k], p0 = p.tiles[0][j].data[k];
       const float2 d1 = Unpack(d.tiles[0][j].data[k]);
-      const float2 tanh = Tanh::op(float2{0.5f * (s0.x + s_biases.of(k).x),
-                                          0.5f * (s0.y + s_biases.of(k).y)});
+      const float2 tanh =
+          Tanh::op(float2{0.5f * (s0.x + s_biases.of(k).x), 0.5f * (s0.y + s_biases.of(k).y)});
       const float2 dp = {d1.x * (0.5f * tanh.x + 0.5f), d1.y * (0.5f * tanh.y + 0.5f)};
       const float2 slope = {0.25f - 0.25f * tanh.x * tanh.x, 0.25f - 0.25f * tanh.y * tanh.y};
       const float2 to_s = {d1.x * (p0.x + p_biases.of(k).x) * slope.x,
@@ -525,7 +525,9 @@ cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
   if (tiles * of.batch >= int64_t{1} << 30) return cudaErrorInvalidValue;
   const size_t all_rows = of.batch * of.rows, columns = of.columns, batch = of.batch;
   const size_t rows_padded = of.rows_padded, columns_padded = of.columns_padded;
-  const auto pairs = [](const void* pointer) { return static_cast<T*>(const_cast<void*>(pointer)); };
+  const auto pairs = [](const void* pointer) {
+    return static_cast<T*>(const_cast<void*>(pointer));
+  };
   const auto contraction = [&](const void* t) -> typename G::Contraction {
     using Contracted = typename S::Contracted;
     return {static_cast<Contracted*>(const_cast<void*>(t)), batch, nullptr, rows_padded,

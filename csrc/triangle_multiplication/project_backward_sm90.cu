@@ -6,11 +6,12 @@
 // cluster of two blocks walks the same tiles of 64 pairs, each with its slice of 128 hidden
 // columns; they finish dz of every other tile in turn, from both parts of dx. More than 256 hidden
 // columns are more launches, each adding to the last one's dz. The roles of a block's three
-// warpgroups are told in project_backward_roles.cuh.
+// warpgroups are told in project_backward_block.cuh.
 #include <algorithm>
 #include <stdexcept>
 
-#include "triangle_multiplication/project_backward_roles.cuh"
+#include "triangle_multiplication/project_backward_gate.cuh"
+#include "triangle_multiplication/project_backward_sum.cuh"
 
 namespace genie {
 namespace {
@@ -124,11 +125,11 @@ __global__ __launch_bounds__(S::kThreads,
   // Every branch ends so: the other block may still write here.
   if (warpgroupid() == 2) {
     warpgroup::increase_registers<S::kGateRegisters>();
-    if (count > 0) block.Gate();
+    if (count > 0) GateRole<T, C>{block}.Run();
     everyone::tma::cluster::sync();
   } else {
     warpgroup::decrease_registers<S::kSumRegisters>();
-    block.Sum(warpgroupid() == 1);
+    SumRole<T, C>{block}.Run(warpgroupid() == 1);
     everyone::tma::cluster::sync();
   }
 }
@@ -152,6 +153,7 @@ cudaError_t LaunchSlices(const GatedProjectionBackward& given, int first_slice, 
         .given = given,
         .tiles = static_cast<int>(p.rows * column_tiles),
         .column_tiles = column_tiles,
+        .column_tiles_inverse = ~0u / column_tiles,
         .first_slice = first_slice,
         .adds = given.adds || first_slice > 0};
     cudaLaunchAttribute cluster = {.id = cudaLaunchAttributeClusterDimension};

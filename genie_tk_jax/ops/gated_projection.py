@@ -71,8 +71,8 @@ def _backward_unsupported(arrays, weights, **static) -> str | None:
 
 
 # A cluster of blocks shares the pairs of a part; no more parts than the largest GPU runs at once,
-# and no fewer than four tiles of 64 pairs in each.
-BLOCKS, TILE, TILES_PER_PART = 132, 64, 4
+# and no fewer than two tiles of 64 pairs in each.
+BLOCKS, TILE, TILES_PER_PART = 132, 64, 2
 
 
 def _backward_kernel(arrays, weights, *, epsilon):
