@@ -40,8 +40,8 @@ struct group_mma<1> {
       for (int j = 0; j < D::width; ++j) {
 #pragma unroll
         for (int k = 0; k < A::width; ++k) {
-          const auto& left = reinterpret_cast<const uint32_t(&)[4]>(a.tiles[i][k].data);
-          const auto& right = reinterpret_cast<const uint32_t(&)[4]>(b.tiles[k][j].data);
+          const auto& left = reinterpret_cast<const uint32_t (&)[4]>(a.tiles[i][k].data);
+          const auto& right = reinterpret_cast<const uint32_t (&)[4]>(b.tiles[k][j].data);
           auto& to = d.tiles[i][j].data;
           const auto& from = (k == 0 ? c : d).tiles[i][j].data;
           mma_step<typename A::T>(to[0], to[1], left, right[0], right[2], from[0], from[1]);
