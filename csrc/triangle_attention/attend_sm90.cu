@@ -12,9 +12,12 @@
 
 #include "kittens.cuh"
 #include "kittens/extensions.cuh"
-#include "triangle_attention/attend_sm90.h"
+#include "triangle_attention/attend_block.cuh"
+#include "triangle_attention/attend_load.cuh"
+#include "triangle_attention/attend_softmax.cuh"
 
 namespace genie {
+<<<<<<< HEAD
 namespace {
 
 using namespace kittens;
@@ -408,6 +411,9 @@ struct BiasProduct {
   // What the compiler cannot make again it keeps in its register.
   static __device__ void Keep(uint32_t& word) { asm volatile("" : "+r"(word)); }
 };
+=======
+namespace attend {
+>>>>>>> attend
 
 // Consumer warpgroup `row` of the block.
 template <typename T, int D>
@@ -417,7 +423,7 @@ __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& 
   // Logits are in units of q . k until they are exponentiated.
   const float root = g.given.folded ? 1.f : sqrtf(float(D));
   const float factor = g.given.folded ? 1.f : kLog2E / root;
-  const BiasProduct<T> bias_product(root);
+  BiasProduct<T> bias_product(root);
   Ring<S::kStages> ring;
   unsigned q_parities = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
@@ -499,7 +505,8 @@ __global__ __launch_bounds__(kThreads, 1) void Attend(const __grid_constant__ Gl
   if (group == kRows) {
     warpgroup::decrease_registers<kProducerRegisters>();
     if (warpgroup::warpid() < kRows) {
-      LoadKeys<T, D>(g, shared, warpgroup::warpid());
+      KeyLoader<T, D> loader = {g, shared, warpgroup::warpid()};
+      for (int n = blockIdx.x; n < g.units; n += gridDim.x) loader.LoadUnit(g.unit(n));
     } else if (laneid() == 0) {
       LoadQueries<T, D>(g, shared);
     }
@@ -554,14 +561,15 @@ cudaError_t LaunchFor(const PairAttention& p, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-}  // namespace
+}  // namespace attend
 
 cudaError_t Launch(const PairAttention& p, cudaStream_t stream) {
   constexpr int64_t kMost = int64_t{1} << 30;
   for (int64_t size : {p.batch * p.rows, p.queries, p.keys, p.heads}) {
     if (size < 1 || size >= kMost) return cudaErrorInvalidValue;
   }
-  return p.half ? LaunchFor<half>(p, stream) : LaunchFor<bf16>(p, stream);
+  return p.half ? attend::LaunchFor<kittens::half>(p, stream)
+                : attend::LaunchFor<kittens::bf16>(p, stream);
 }
 
 }  // namespace genie

@@ -1,0 +1,80 @@
+// A block of the attention core: its sizes, its shared memory and its share of the work.
+#pragma once
+
+#include "kittens.cuh"
+#include "triangle_attention/attend_logits.cuh"
+#include "triangle_attention/attend_sm90.h"
+
+namespace genie::attend {
+
+using namespace kittens;
+
+constexpr int kRows = 3;  // rows i of a block, each with its consumer warpgroup
+constexpr int kThreads = (kRows + 1) * WARPGROUP_THREADS;
+constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+static_assert(kRows * kConsumerRegisters + kProducerRegisters <= 512);
+static_assert(kRows < WARPGROUP_WARPS, "a producer warp a row, and one for the queries");
+
+constexpr int kChunk = 256;  // keys whose mask is read at once
+constexpr int kWords = kChunk / WARP_THREADS, kTileWords = kKeys / WARP_THREADS;
+
+// What a row makes of a stage.
+enum Kind { kNone = 0, kSome = 1, kAll = 2, kLast = 4 };
+
+template <typename T, int D>
+struct Shape {
+  static constexpr int kTiles = D == 64 ? 2 : 4;  // of queries
+  static constexpr int kStages = D == 64 ? 2 : 3;
+  using Queries = st<T, kQueries, D>;
+  using Keys = st<T, kKeys, D>;
+  using Bias = st<T, kQueries, kKeys>;
+  using Logits = rt_fl<16, kKeys>;
+  using Sums = rt_fl<16, D>;
+
+  struct Shared {
+    Bias bias[kStages][kTiles];
+    Queries q[kRows][kTiles];
+    Keys k[kStages][kRows], v[kStages][kRows];
+    MaskTile<T> mask[kStages][kRows];  // where the row's kind is kSome
+    int kind[kStages][kRows];
+    alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask, of two chunks
+    semaphore arrived[kStages], finished[kStages];
+    semaphore q_arrived[kRows][kTiles], q_finished[kRows][kTiles];
+  };
+  static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY);
+};
+
+// A block's share of the work.
+struct Unit {
+  int batch, row, head, query;  // the first row and query
+  int tiles;                    // of queries, at most kTiles
+};
+
+template <typename T, int D>
+struct Globals {
+  using S = Shape<T, D>;
+  using Pairs = gl<T, -1, -1, -1, D, tma::descriptor<typename S::Keys, dim::DEPTH>>;
+  Pairs q, k, v;                                 // [B I, Q or K, H, D]
+  gl<T, -1, -1, -1, -1, typename S::Bias> bias;  // [B, H, Q, Kp]
+  PairAttention given;
+  int units, row_groups, query_groups;
+
+  __device__ Unit unit(int n) const {
+    const int heads = given.heads, queries = given.queries;
+    const int group = n % query_groups, rest = n / query_groups, any_group = rest / heads;
+    const int query = group * S::kTiles * kQueries;
+    return {any_group / row_groups, any_group % row_groups * kRows, rest % heads, query,
+            min(S::kTiles, (queries - query + kQueries - 1) / kQueries)};
+  }
+};
+
+// A place in a ring of stages, and the parity of its turn.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ void Advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+}  // namespace genie::attend
