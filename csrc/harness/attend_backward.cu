@@ -283,24 +283,24 @@ int main(int argc, char** argv) {
   if (mode == "quick") {
     return CheckAll<__nv_bfloat16>({{1, 5, 129, 200, 2, 32, Mask::kRandom, 1, 1, 1, false, 2}});
   }
+  if (mode == "large") return CheckAll<__nv_bfloat16>({{1, 1024, 1024, 1024, 4, 32}});
   if (mode != "time") {
     std::vector<Case> cases;
     for (int dim : {16, 32, 64}) {
-      for (int64_t n : {1, 77, 129}) cases.push_back({1, n, n, n, 2, dim});
+      for (int64_t n : {1, 77, 129}) cases.push_back({1, std::min<int64_t>(n, 9), n, n, 2, dim});
       cases.push_back({2, 9, 200, 77, 3, dim, Mask::kRandom, 1, 1, 1, true, 4});
       cases.push_back({2, 8, 65, 300, 1, dim, Mask::kPadded, 1, 1, 1, false, 3});
     }
     for (Mask mask : {Mask::kNone, Mask::kPadded, Mask::kEmpty}) {
       cases.push_back({1, 17, 200, 200, 4, 32, mask, 1, 1, 1, false, 2});
     }
-    cases.push_back({1, 200, 200, 200, 1, 32, Mask::kRandom, 0});
+    cases.push_back({1, 9, 200, 200, 1, 32, Mask::kRandom, 0});
     for (float bias : {4.f, 12.f, 40.f})
-      cases.push_back({1, 33, 257, 257, 1, 32, Mask::kRandom, bias});
-    cases.push_back({1, 33, 257, 257, 1, 32, Mask::kRandom, 1, 12});
+      cases.push_back({1, 9, 257, 257, 1, 32, Mask::kRandom, bias});
+    cases.push_back({1, 9, 257, 257, 1, 32, Mask::kRandom, 1, 12});
     for (float up : {1e-3f, 64.f})
-      cases.push_back({1, 33, 257, 257, 1, 32, Mask::kRandom, 1, 1, up});
+      cases.push_back({1, 9, 257, 257, 1, 32, Mask::kRandom, 1, 1, up});
     failures += CheckAll<__nv_bfloat16>(cases) + CheckAll<__half>(cases);
-    failures += CheckAll<__nv_bfloat16>({{1, 1024, 1024, 1024, 4, 32}});
   }
   if (argc > 2) {
     TimeOne(std::atol(argv[2]));
