@@ -65,27 +65,29 @@ def _live(*masks):
 
 
 def _kernel(arrays, weights, *, direction):
-    left, right, *masks = arrays
+    left, right, left_mask, right_mask = arrays
     a, b = ordered(left, right, direction)
+    masks = ordered(left_mask, right_mask, direction)
     dtype = jnp.float32 if a.dtype == jnp.float16 else a.dtype
     axis = {"outgoing": 2, "incoming": 3}[direction]
     t = jax.ShapeDtypeStruct((*a.shape[:2], a.shape[axis], b.shape[axis]), dtype)
     t, _ = _ffi.call(
         "genie_contract_fwd",
         (t, _live(*masks)),
-        *(a, b, *ordered(*masks, direction)),
+        *(a, b, *masks),
         incoming=direction == "incoming",
     )
     return t
 
 
 def _backward_kernel(arrays, weights, *, direction):
-    left, right, dt, *masks = arrays
+    left, right, dt, left_mask, right_mask = arrays
     a, b = ordered(left, right, direction)
+    masks = ordered(left_mask, right_mask, direction)
     da, db, _ = _ffi.call(
         "genie_contract_bwd",
         (*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (a, b)), _live(*masks)),
-        *(a, b, dt, *ordered(*masks, direction)),
+        *(a, b, dt, *masks),
         incoming=direction == "incoming",
     )
     return ordered(da, db, direction)

@@ -102,7 +102,7 @@ def _backward_kernel(arrays, weights, *, residual, epsilon):
         epsilon=epsilon,
     )
     norm_in, norm_out, kernels, biases = (tuple(found[i : i + 2]) for i in range(0, 8, 2))
-    d_weights = [dict(zip(NORM, norm, strict=True)) for norm in (norm_in, norm_out)]
+    d_weights: list[dict] = [dict(zip(NORM, norm, strict=True)) for norm in (norm_in, norm_out)]
     for group, kernel, bias in zip(GROUPS[2:], kernels, biases, strict=True):
         d_weights.append({"kernel": kernel} | ({"bias": bias} if "bias" in weights[group] else {}))
     return dz, dt, dict(zip(GROUPS, d_weights, strict=True))

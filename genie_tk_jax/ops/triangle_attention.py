@@ -30,7 +30,7 @@ def _rows(arrays, weights, *, node, residual, epsilon):
     # What chunks share is float32, in which the gradients of many chunks sum.
     weights = _reference.wide(weights)
     z, mask = oriented(z, node), oriented(mask, node)
-    bias = bias[..., : z.shape[2]].astype(_reference.statistics_dtype(bias.dtype)) * math.log(2)
+    bias = bias[..., : bias.shape[2]].astype(_reference.statistics_dtype(bias.dtype)) * math.log(2)
 
     def row(z, mask):
         z, x = attention_stages.normed(z, mask, weights, epsilon)
