@@ -74,10 +74,14 @@ Error GatedProjectionBackwardHandler(
         ShapeStatus("partials", {batch, parts, 2, channels + 1, width}, *partials)}) {
     if (error.failure()) return error;
   }
-  if (adds && dz_in.untyped_data() != dz->untyped_data()) {
-    return Error::InvalidArgument("dz_in must be aliased to dz");
-  }
   if (batch == 0) return Error::Success();
+  // The kernel adds to what dz holds. XLA gives it dz_in's memory, as it is asked to, except where
+  // dz_in is needed afterwards, as in a loop over weights.
+  if (adds && dz_in.untyped_data() != dz->untyped_data()) {
+    const cudaError_t copied = cudaMemcpyAsync(dz->untyped_data(), dz_in.untyped_data(),
+                                               dz->size_bytes(), cudaMemcpyDeviceToDevice, stream);
+    if (copied != cudaSuccess) return LaunchStatus(copied);
+  }
   return Launched({.forward = {.z = z.untyped_data(),
                                .mask = MaskOrNull(mask),
                                .a = nullptr,
