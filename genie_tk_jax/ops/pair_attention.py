@@ -114,6 +114,8 @@ def _backward_unsupported(arrays, weights, *, folded=False) -> str | None:
     """Why the backward kernels cannot serve these operands, or None."""
     if arrays[0].size == 0:
         return f"there must be at least one query; got q {list(arrays[0].shape)}"
+    if arrays[0].dtype == jnp.float16:
+        return "the gradients of float16 logits vanish below 6e-8, which the kernels do not scale"
     return _unsupported(arrays[:5], weights, with_lse=True, folded=folded)
 
 
