@@ -30,7 +30,7 @@ class NoKernels(types.ModuleType):
 
 def stand_in_for_colabfold_kernels():
     """Lets ColabFold's AlphaFold be imported where its kernels are not installed."""
-    if importlib.util.find_spec("colabfold_kernels") is None:
+    if "colabfold_kernels" not in sys.modules and not importlib.util.find_spec("colabfold_kernels"):
         package = types.ModuleType("colabfold_kernels")
         package.fused_ops = NoKernels("colabfold_kernels.fused_ops")
         sys.modules["colabfold_kernels"] = package
