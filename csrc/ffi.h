@@ -22,6 +22,11 @@ using Dimensions = AnyBuffer::Dimensions;
 template <DataType dtype, size_t rank>
 using Optional = std::optional<Buffer<dtype, rank>>;
 
+// Whether an operand of any dtype and rank is absent.
+inline bool IsAbsent(const AnyBuffer& operand) {
+  return operand.dimensions().size() == 1 && operand.dimensions()[0] == 0;
+}
+
 // What a handler hands to a kernel for an operand that may be absent.
 template <class OptionalBuffer>
 auto* DataOrNull(const OptionalBuffer& buffer) {
@@ -98,15 +103,11 @@ struct ArgDecoding<std::optional<Buffer<dtype, rank>>> {
                                                             DiagnosticEngine& diagnostic) {
     const auto any = ArgDecoding<AnyBuffer>::Decode(type, arg, diagnostic);
     if (!any) return std::nullopt;
-    const Dimensions dimensions = any->dimensions();
-    if (dimensions.size() == 1 && dimensions[0] == 0) return genie::Optional<dtype, rank>();
+    if (genie::IsAbsent(*any)) return genie::Optional<dtype, rank>();
     auto buffer = ArgDecoding<Buffer<dtype, rank>>::Decode(type, arg, diagnostic);
     if (!buffer) return std::nullopt;
     return genie::Optional<dtype, rank>(*buffer);
   }
-
- private:
-  using Dimensions = genie::Dimensions;
 };
 
 }  // namespace xla::ffi

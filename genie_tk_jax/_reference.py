@@ -80,19 +80,6 @@ def wide(weights: Any) -> Any:
     return jax.tree.map(lambda w: w.astype(statistics_dtype(w.dtype)), weights)
 
 
-def kernels(dtype: Any, *linears: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """The kernels of linear layers as CUDA kernels read them: all float32, or all of `dtype`."""
-    found = [linear["kernel"] for linear in linears]
-    whole = all(kernel.dtype == jnp.float32 for kernel in found)
-    return tuple(kernel if whole else kernel.astype(dtype) for kernel in found)
-
-
-def biases(*linears: dict[str, jax.Array]) -> tuple[jax.Array | None, ...]:
-    """The biases of linear layers as CUDA kernels read them: float32, or None where absent."""
-    found = [linear.get("bias") for linear in linears]
-    return tuple(None if bias is None else bias.astype(jnp.float32) for bias in found)
-
-
 def like(gradients: Any, weights: Any) -> Any:
     """Gradients of weights [B, ...], summed over B, in the weights' dtypes."""
     return jax.tree.map(lambda g, w: jnp.sum(g, axis=0).astype(w.dtype), gradients, weights)

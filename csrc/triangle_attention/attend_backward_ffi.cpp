@@ -15,10 +15,6 @@ using Folded = Attr<bool, kFolded>;
 constexpr int64_t kKeysUnit = 8;  // rows of the bias are padded to a multiple of it
 constexpr float kLog2E = 1.4426950408889634f;
 
-bool IsAbsent(const AnyBuffer& buffer) {
-  return buffer.dimensions().size() == 1 && buffer.dimensions()[0] == 0;
-}
-
 Error DtypeStatus(const AnyBuffer& q, std::initializer_list<AnyBuffer> others) {
   const DataType dtype = q.element_type();
   if (dtype != DataType::BF16 && dtype != DataType::F16) {

@@ -11,10 +11,6 @@ using Folded = Attr<bool, kFolded>;
 
 constexpr int64_t kKeysUnit = 8;  // rows of the bias are padded to a multiple of it
 
-bool IsAbsent(const AnyBuffer& operand) {
-  return operand.dimensions().size() == 1 && operand.dimensions()[0] == 0;
-}
-
 // An error unless q has 16 bits, the others are like it and the mask has bytes.
 Error DtypeStatus(const AnyBuffer& q, std::initializer_list<AnyBuffer> others,
                   const AnyBuffer& mask) {

@@ -1,5 +1,6 @@
 #include "ffi.h"
 #include "triangle_multiplication/contract_sm90.h"
+#include "triangle_multiplication/dtypes.h"
 
 namespace genie {
 namespace {
@@ -11,11 +12,6 @@ using LiveResult = Result<Buffer<U8, 1>>;
 
 constexpr char kIncoming[] = "incoming";
 using Incoming = Attr<bool, kIncoming>;
-
-Float FloatOf(DataType dtype) {
-  if (dtype == DataType::BF16) return Float::kBf16;
-  return dtype == DataType::F16 ? Float::kF16 : Float::kF32;
-}
 
 // What both handlers read off a and b.
 struct Operands {
@@ -50,10 +46,9 @@ Error FindLiveBlocks(Operands& operands, const AnyBuffer& a, const AnyBuffer& b,
   const auto summarise = [&](const AnyBuffer& x, const Mask& mask, LiveBlocks* blocks) -> Error {
     if (!mask) return Error::Success();
     const int64_t rows = mask->dimensions()[1], columns = mask->dimensions()[2];
-    const auto padded = [](int64_t size) { return (size + 7) / 8 * 8; };
     Error error =
         ShapeStatus("a and b, as their masks round up to multiples of 8,",
-                    {mask->dimensions()[0], operands.channels, padded(rows), padded(columns)}, x);
+                    {mask->dimensions()[0], operands.channels, Padded(rows), Padded(columns)}, x);
     if (error.failure()) return error;
     const int64_t size = LiveSize(operands.batch, rows, columns);
     if (size > room) return Error::InvalidArgument("live is too small for the masks");

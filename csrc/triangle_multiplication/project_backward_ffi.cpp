@@ -1,4 +1,5 @@
 #include "ffi.h"
+#include "triangle_multiplication/dtypes.h"
 #include "triangle_multiplication/project_backward_sm90.h"
 
 namespace genie {
@@ -7,19 +8,11 @@ namespace {
 using xla::ffi::F32;
 using xla::ffi::PRED;
 
-constexpr char kEpsilon[] = "epsilon";
-using Epsilon = Attr<float, kEpsilon>;
-
-Float FloatOf(DataType dtype) {
-  if (dtype == DataType::BF16) return Float::kBf16;
-  return dtype == DataType::F16 ? Float::kF16 : Float::kF32;
-}
-
 // An error unless z has 16 bits, all that is like it has its dtype, and both kernels do, or hold
 // float32.
 Error DtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> like_z,
                   const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel) {
-  const DataType dtype = z.element_type(), kernel_dtype = proj_kernel.element_type();
+  const DataType dtype = z.element_type();
   if (dtype != DataType::BF16 && dtype != DataType::F16) {
     return Error::InvalidArgument("z must be bfloat16 or float16");
   }
@@ -27,11 +20,7 @@ Error DtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> like_z,
     if (buffer.element_type() == dtype) continue;
     return Error::InvalidArgument("da, db, dz_in and dz must have z's dtype");
   }
-  if (gate_kernel.element_type() != kernel_dtype ||
-      (kernel_dtype != dtype && kernel_dtype != DataType::F32)) {
-    return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
-  }
-  return Error::Success();
+  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
 }
 
 Error Launched(const GatedProjectionBackward& given, cudaStream_t stream) {
@@ -43,7 +32,7 @@ Error Launched(const GatedProjectionBackward& given, cudaStream_t stream) {
                                 " hidden");
 }
 
-// dz_in, if there, lies where dz goes: Python gives it away.
+// dz_in, if there, is what dz starts from; Python gives its memory away.
 Error GatedProjectionBackwardHandler(
     cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, AnyBuffer da, AnyBuffer db,
     AnyBuffer dz_in, Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias, AnyBuffer proj_kernel,
@@ -55,14 +44,13 @@ Error GatedProjectionBackwardHandler(
   if (z.dimensions().size() != 4 || da.dimensions().size() != 4) {
     return Error::InvalidArgument("z and da must have 4 dimensions");
   }
-  const auto padded = [](int64_t size) { return (size + 7) / 8 * 8; };
   const int64_t batch = z.dimensions()[0], rows = z.dimensions()[1], columns = z.dimensions()[2],
                 channels = z.dimensions()[3], hidden = da.dimensions()[1], width = 2 * hidden,
                 parts = partials->dimensions()[1];
   const bool adds = dz_in.dimensions().size() == 4;
   for (const Error& error :
        {DtypeStatus(z, {da, db, *dz, adds ? dz_in : *dz}, proj_kernel, gate_kernel),
-        ShapeStatus("da and db", {batch, hidden, padded(rows), padded(columns)}, da, db),
+        ShapeStatus("da and db", {batch, hidden, Padded(rows), Padded(columns)}, da, db),
         ShapeStatus("dz_in and dz", {batch, rows, columns, channels}, *dz, adds ? dz_in : *dz),
         ShapeStatus("mask", {batch, rows, columns}, mask),
         ShapeStatus("norm_scale and norm_bias", {channels}, norm_scale, norm_bias),
@@ -97,8 +85,8 @@ Error GatedProjectionBackwardHandler(
                                .batch = batch,
                                .rows = rows,
                                .columns = columns,
-                               .rows_padded = padded(rows),
-                               .columns_padded = padded(columns),
+                               .rows_padded = Padded(rows),
+                               .columns_padded = Padded(columns),
                                .channels = static_cast<int>(channels),
                                .hidden = static_cast<int>(hidden),
                                .epsilon = *epsilon},

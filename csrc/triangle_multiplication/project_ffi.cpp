@@ -1,4 +1,5 @@
 #include "ffi.h"
+#include "triangle_multiplication/dtypes.h"
 #include "triangle_multiplication/project_sm90.h"
 
 namespace genie {
@@ -7,32 +8,17 @@ namespace {
 using xla::ffi::F32;
 using xla::ffi::PRED;
 
-constexpr char kEpsilon[] = "epsilon";
-using Epsilon = Attr<float, kEpsilon>;
-
-constexpr int64_t kPadding = 8;  // rows and columns of a and b are padded to multiples of it
-
-// Of a dtype that DtypeStatus let pass.
-Float FloatOf(DataType dtype) {
-  if (dtype == DataType::BF16) return Float::kBf16;
-  return dtype == DataType::F16 ? Float::kF16 : Float::kF32;
-}
-
 // An error unless z has 16 bits, a and b are like it, and both kernels are, or hold float32.
 Error DtypeStatus(const AnyBuffer& z, const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel,
                   const AnyBuffer& a, const AnyBuffer& b) {
-  const DataType dtype = z.element_type(), kernel_dtype = proj_kernel.element_type();
+  const DataType dtype = z.element_type();
   if (dtype != DataType::BF16 && dtype != DataType::F16) {
     return Error::InvalidArgument("z must be bfloat16 or float16");
   }
   if (a.element_type() != dtype || b.element_type() != dtype) {
     return Error::InvalidArgument("a and b must have z's dtype");
   }
-  if (gate_kernel.element_type() != kernel_dtype ||
-      (kernel_dtype != dtype && kernel_dtype != DataType::F32)) {
-    return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
-  }
-  return Error::Success();
+  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
 }
 
 Error Launched(const GatedProjection& projection, cudaStream_t stream) {
@@ -53,8 +39,7 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3>
   }
   const int64_t batch = z.dimensions()[0], rows = z.dimensions()[1], columns = z.dimensions()[2],
                 channels = z.dimensions()[3], hidden = a->dimensions()[1],
-                rows_padded = (rows + kPadding - 1) / kPadding * kPadding,
-                columns_padded = (columns + kPadding - 1) / kPadding * kPadding;
+                rows_padded = Padded(rows), columns_padded = Padded(columns);
   for (const Error& error :
        {DtypeStatus(z, proj_kernel, gate_kernel, *a, *b),
         ShapeStatus("a and b", {batch, hidden, rows_padded, columns_padded}, *a, *b),

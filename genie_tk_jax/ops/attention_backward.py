@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _ffi, _reference
+from genie_tk_jax import _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 from genie_tk_jax.ops import attention_stages
 from genie_tk_jax.ops.attention_stages import oriented
@@ -20,8 +20,6 @@ PROJECT_GROUPS = ("norm", "pair_bias", "q", "k", "v", "gate")
 PROJECTIONS = ("q", "k", "v", "gate")
 WIDTHS = (64, 128)
 HEADS_PADDED = 16  # columns that the kernel sums for the bias
-# As many blocks as the largest GPU runs at once, of at least two tiles of 64 pairs each.
-BLOCKS, TILE, TILES_PER_PART = 132, 64, 2
 
 
 def _gate_logits(z, mask, weights, *, node, epsilon):
@@ -69,8 +67,8 @@ def _project_backward(arrays, weights, *, node, ending_bias, epsilon):
 def unsupported(z, weights) -> str | None:
     """Why the backward kernels cannot serve z and these weights, or None."""
     channels, heads, width = weights["gate"]["kernel"].shape
-    if z.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"z must be bfloat16 or float16; got {z.dtype}"
+    if why := _operands.unserved_dtype("z", z):
+        return why
     if channels not in WIDTHS or heads * width != channels:
         return (
             f"c_in and no_heads * c_hidden must be one of {WIDTHS} and equal; "
@@ -81,16 +79,10 @@ def unsupported(z, weights) -> str | None:
     return None
 
 
-def _parts(shape, blocks: int) -> int:
-    """Into how many sums the pairs of each batch entry are split."""
-    batch, i, j = shape
-    return max(1, min(blocks // max(1, batch), i * -(-j // TILE) // TILES_PER_PART))
-
-
 def _output_kernel(arrays, weights, *, node, epsilon):
     o, z, mask, d_out = arrays
     batch, *_, heads, width = o.shape
-    channels, parts = z.shape[-1], _parts(o.shape[:3], BLOCKS)
+    channels, parts = z.shape[-1], _operands.parts(o.shape[:3])
     attended = jax.ShapeDtypeStruct(o.shape, o.dtype)
     sums = [(batch, parts, heads * width, channels), (batch, parts, channels)]
     d_o, d_gate, kernel, bias = _ffi.call(
@@ -100,9 +92,9 @@ def _output_kernel(arrays, weights, *, node, epsilon):
         z,
         mask,
         d_out,
-        *attention_stages.norm(weights),
-        *_reference.kernels(z.dtype, weights["gate"], weights["out"]),
-        *_reference.biases(weights["gate"]),
+        *_operands.norms(weights["norm"]),
+        *_operands.kernels(z.dtype, weights["gate"], weights["out"]),
+        *_operands.biases(weights["gate"]),
         ending=node == "ending",
         epsilon=epsilon,
     )
@@ -115,7 +107,11 @@ def _output_kernel(arrays, weights, *, node, epsilon):
 def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
     z, mask, dq, dk, dv, d_bias, d_gate, d_out = arrays
     batch, i, j, heads, width = dq.shape
-    channels, hidden, parts = z.shape[-1], heads * width, _parts((batch, i, j), BLOCKS // 2)
+    channels, hidden, parts = (
+        z.shape[-1],
+        heads * width,
+        _operands.parts((batch, i, j), _operands.BLOCKS // 2),
+    )
     static = {"ending": node == "ending", "bias_as_z": ending_bias == "unswapped"}
     gradients = dq, dk, dv, d_gate, d_bias
     statistics = jax.ShapeDtypeStruct((batch, i, j, 2), jnp.float32)
@@ -126,8 +122,8 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
         mask,
         *gradients,
         d_out,
-        attention_stages.norm(weights)[0],
-        *_reference.kernels(z.dtype, *(weights[name] for name in (*PROJECTIONS, "pair_bias"))),
+        _operands.norms(weights["norm"])[0],
+        *_operands.kernels(z.dtype, *(weights[name] for name in (*PROJECTIONS, "pair_bias"))),
         epsilon=epsilon,
         **static,
     )
@@ -155,7 +151,7 @@ def _weights_gradients(weights, products, totals, width):
       products: sum of y^T d, [B, C, columns of W].
       totals: sum of d, [B, columns of W].
     """
-    scale, bias = attention_stages.norm(weights)
+    scale, bias = _operands.norms(weights["norm"])
     d_scale, d_bias, gradients = 0.0, 0.0, {}
     for name, product in products.items():
         factor = {"q": math.log2(math.e) / math.sqrt(width), "pair_bias": math.log2(math.e)}

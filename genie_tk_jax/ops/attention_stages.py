@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _ffi, _reference
+from genie_tk_jax import _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 
 PROJECT_GROUPS = ("norm", "pair_bias", "q", "k", "v")
@@ -94,12 +94,8 @@ def _output(arrays, weights, *, node, residual, epsilon):
 def _unsupported(z, kernel) -> str | None:
     """Why no kernel serves z [B, I, J, C] and a projection's kernel [C, H, D], or None."""
     channels, heads, width = kernel.shape
-    if z.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"z must be bfloat16 or float16; got {z.dtype}"
-    for name, size in (("c_in", channels), ("no_heads * c_hidden", heads * width)):
-        if size not in WIDTHS:
-            return f"{name} must be one of {WIDTHS}; got {size}"
-    return None
+    widths = {"c_in": channels, "no_heads * c_hidden": heads * width}
+    return _operands.unserved_dtype("z", z) or _operands.unserved_width(widths, WIDTHS)
 
 
 def _project_unsupported(arrays, weights, **_) -> str | None:
@@ -118,10 +114,6 @@ def _output_unsupported(arrays, weights, **_) -> str | None:
     return _unsupported(arrays[1], kernel)
 
 
-def norm(weights):
-    return [weights["norm"][name].astype(jnp.float32) for name in ("scale", "bias")]
-
-
 def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
     z, mask = arrays
     batch, rows, columns, _ = z.shape
@@ -137,8 +129,8 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
         (attended, attended, attended, bias),
         z,
         mask,
-        *norm(weights),
-        *_reference.kernels(z.dtype, *(weights[name] for name in ("q", "k", "v", "pair_bias"))),
+        *_operands.norms(weights["norm"]),
+        *_operands.kernels(z.dtype, *(weights[name] for name in ("q", "k", "v", "pair_bias"))),
         ending=ending,
         bias_as_z=as_z,
         epsilon=epsilon,
@@ -154,9 +146,9 @@ def _output_kernel(arrays, weights, *, node, residual, epsilon):
         o,
         z,
         mask,
-        *norm(weights),
-        *_reference.kernels(z.dtype, *linears),
-        *_reference.biases(*linears),
+        *_operands.norms(weights["norm"]),
+        *_operands.kernels(z.dtype, *linears),
+        *_operands.biases(*linears),
         ending=node == "ending",
         residual=residual,
         epsilon=epsilon,

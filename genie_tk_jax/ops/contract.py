@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax import _contract, _dispatch, _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 
 DIRECTIONS = ("outgoing", "incoming")
@@ -42,8 +42,8 @@ def _backward_reference(arrays, weights, *, direction):
 def unsupported(arrays, weights, **_) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
     left, right, *_ = arrays
-    if left.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"a and b must be bfloat16 or float16; got {left.dtype}"
+    if why := _operands.unserved_dtype("a and b", left):
+        return why
     if 0 in left.shape[2:] or 0 in right.shape[2:]:
         return "a and b must have pairs"
     if left.shape[-1] % _reference.PADDING or right.shape[-1] % _reference.PADDING:

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax import _contract, _dispatch, _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 from genie_tk_jax.params import checked, triangle_multiplication_spec
 
@@ -32,24 +32,21 @@ def reference(arrays, weights, *, residual, epsilon):
 def unsupported(arrays, weights, **_) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
     z, t, *_ = arrays
-    if z.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"z must be bfloat16 or float16; got {z.dtype}"
+    if why := _operands.unserved_dtype("z", z):
+        return why
     expected = jnp.bfloat16 if z.dtype == jnp.bfloat16 else jnp.float32
     if t.dtype != expected:
         return f"t must be {jnp.dtype(expected)} for {z.dtype} z; got {t.dtype}"
-    for name, width in (("c_z", z.shape[-1]), ("c_hidden", t.shape[1])):
-        if width not in WIDTHS:
-            return f"{name} must be one of {WIDTHS}; got {width}"
-    return None
+    return _operands.unserved_width({"c_z": z.shape[-1], "c_hidden": t.shape[1]}, WIDTHS)
 
 
 def _parameters(dtype, weights):
     """Weights in the order and the dtypes that the kernels read."""
     norm_in, norm_out, projection, gate = (weights[group] for group in GROUPS)
     return (
-        *(norm[name].astype(jnp.float32) for norm in (norm_in, norm_out) for name in NORM),
-        *_reference.kernels(dtype, projection, gate),
-        *_reference.biases(projection, gate),
+        *_operands.norms(norm_in, norm_out),
+        *_operands.kernels(dtype, projection, gate),
+        *_operands.biases(projection, gate),
     )
 
 
@@ -79,17 +76,13 @@ def _backward_unsupported(arrays, weights, **static) -> str | None:
     return unsupported(arrays, weights, **static)
 
 
-# Each block sums what its pairs bring to the gradients of weights; no more blocks than the largest
-# GPU runs at once, and no fewer than two tiles of 64 pairs for each.
-BLOCKS, TILE, TILES_PER_BLOCK = 132, 64, 2
 COLUMN_SUMS = 512  # floats beside the products in a block's partial sums
 
 
 def _backward_kernel(arrays, weights, *, residual, epsilon):
     z, t, mask, d_out = arrays
-    (batch, rows, columns, channels), hidden = z.shape, t.shape[1]
-    tiles = rows * -(-columns // TILE)
-    blocks = max(1, min(BLOCKS // max(1, batch), tiles // TILES_PER_BLOCK))
+    (batch, *_, channels), hidden = z.shape, t.shape[1]
+    blocks = _operands.parts(z.shape[:3])
     partial_size = (hidden + channels) * channels + COLUMN_SUMS
     shapes = [(channels,)] * 2 + [(hidden,)] * 2 + [(hidden, channels), (channels, channels)]
     shapes += [(channels,)] * 2 + [(blocks, partial_size)]

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax import _contract, _dispatch, _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 from genie_tk_jax.params import axis_size, checked, triangle_multiplication_spec
 
@@ -28,28 +28,28 @@ def reference(arrays, weights, *, epsilon):
 def unsupported(arrays, weights, **_) -> str | None:
     """Why the kernel cannot serve these arguments, or None."""
     z, hidden = arrays[0], weights["proj_in"]["kernel"].shape[1] // 2
-    if z.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"z must be bfloat16 or float16; got {z.dtype}"
-    for name, width in (("c_z", z.shape[-1]), ("c_hidden", hidden)):
-        if width not in WIDTHS:
-            return f"{name} must be one of {WIDTHS}; got {width}"
-    return None
+    widths = {"c_z": z.shape[-1], "c_hidden": hidden}
+    return _operands.unserved_dtype("z", z) or _operands.unserved_width(widths, WIDTHS)
+
+
+def _parameters(dtype, weights):
+    """Weights in the order and the dtypes that the kernels read."""
+    norm, *linears = (weights[group] for group in GROUPS)
+    return (
+        *_operands.norms(norm),
+        *_operands.kernels(dtype, *linears),
+        *_operands.biases(*linears),
+    )
 
 
 def _kernel(arrays, weights, *, epsilon):
     z, mask = arrays
-    norm, projection, gate = (weights[group] for group in GROUPS)
-    hidden = projection["kernel"].shape[1] // 2
+    hidden = weights["proj_in"]["kernel"].shape[1] // 2
     batch, *sizes, _ = z.shape
     shape = (batch, hidden, *(size + -size % _reference.PADDING for size in sizes))
     result = jax.ShapeDtypeStruct(shape, z.dtype)
-    operands = (
-        *(norm[name].astype(jnp.float32) for name in ("scale", "bias")),
-        *_reference.kernels(z.dtype, projection, gate),
-        *_reference.biases(projection, gate),
-    )
-    target = "genie_gated_projection_fwd"
-    return _ffi.call(target, (result, result), z, mask, *operands, epsilon=epsilon)
+    operands = z, mask, *_parameters(z.dtype, weights)
+    return _ffi.call("genie_gated_projection_fwd", (result, result), *operands, epsilon=epsilon)
 
 
 def _backward_reference(arrays, weights, *, epsilon):
@@ -70,18 +70,13 @@ def _backward_unsupported(arrays, weights, **static) -> str | None:
     return unsupported(arrays, weights, **static)
 
 
-# A cluster of blocks shares the pairs of a part; no more parts than the largest GPU runs at once,
-# and no fewer than two tiles of 64 pairs in each.
-BLOCKS, TILE, TILES_PER_PART = 132, 64, 2
-
-
 def _backward_kernel(arrays, weights, *, epsilon):
     z, mask, da, db, dz_in = arrays
-    norm, projection, gate = (weights[group] for group in GROUPS)
-    batch, rows, columns, channels = z.shape
+    _, projection, gate = (weights[group] for group in GROUPS)
+    batch, *_, channels = z.shape
     width = projection["kernel"].shape[1]
-    most = BLOCKS // min(2, width // 128) // max(1, batch)
-    parts = max(1, min(most, rows * -(-columns // TILE) // TILES_PER_PART))
+    # A cluster of two blocks shares the pairs of a part, unless one holds all hidden columns.
+    parts = _operands.parts(z.shape[:3], _operands.BLOCKS // min(2, width // 128))
     shapes = [(channels,)] * 2 + [(channels, width)] * 2 + [(width,)] * 2
     shapes += [(parts, 2, channels + 1, width)]
     gradients = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in shapes]
@@ -93,9 +88,7 @@ def _backward_kernel(arrays, weights, *, epsilon):
         da,
         db,
         dz_in,
-        *(norm[name].astype(jnp.float32) for name in ("scale", "bias")),
-        *_reference.kernels(z.dtype, projection, gate),
-        *_reference.biases(projection, gate),
+        *_parameters(z.dtype, weights),
         aliases=None if dz_in is None else {4: 0},
         epsilon=epsilon,
     )

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from genie_tk_jax import _contract, _dispatch, _ffi, _reference
+from genie_tk_jax import _contract, _dispatch, _ffi, _operands, _reference
 from genie_tk_jax._stage import Kernel, stage
 
 
@@ -73,7 +73,6 @@ def _backward_reference(arrays, weights, *, folded=False):
 
 
 HEAD_CHANNELS = (16, 32, 64)
-_KEYS_UNIT = 8  # the kernel reads biases whose rows are padded to a multiple of it
 _MOST = 2**30  # of any size
 
 
@@ -81,8 +80,8 @@ def _unsupported(arrays, weights, *, with_lse, folded=False) -> str | None:
     """Why the forward kernel cannot serve these operands, or None."""
     q, k, _, bias, _ = arrays
     channels = q.shape[-1]
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q, k and v must be bfloat16 or float16; got {q.dtype}"
+    if why := _operands.unserved_dtype("q, k and v", q):
+        return why
     if bias is not None and bias.dtype != q.dtype:
         return f"bias must be {q.dtype} as q is; got {bias.dtype}"
     if channels not in HEAD_CHANNELS:
@@ -92,16 +91,11 @@ def _unsupported(arrays, weights, *, with_lse, folded=False) -> str | None:
     return None
 
 
-def _padded(bias):
-    to_unit = -bias.shape[-1] % _KEYS_UNIT
-    return jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, to_unit)))
-
-
 def _call(arrays, weights, *, with_lse, folded=False):
     q, k, v, bias, mask = arrays
     batch, rows, queries, heads, _ = q.shape
     if bias is not None:
-        bias = _padded(bias)
+        bias = _reference.padded(bias, 1)
     results = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, rows, heads, queries if with_lse else 0), jnp.float32),
@@ -142,7 +136,7 @@ def _backward_call(arrays, weights, *, folded=False):
     keys = k.shape[2]
     like_bias, chunks = (0,), 1
     if bias is not None:
-        bias = _padded(bias)
+        bias = _reference.padded(bias, 1)
         like_bias = bias.shape
         tiles = math.ceil(queries / _TILE) * math.ceil(keys / _TILE) * batch * heads
         chunks = _chunks(rows, tiles)
