@@ -91,7 +91,7 @@ clean:
 
 # Not editable: here the tests run on what a wheel holds.
 .venv-floor/.test: .venv-floor/.python $(MODULE) $(shell find genie_tk_jax -type f -not -name '*.pyc')
-	.venv-floor/bin/$(INSTALL) '.[demo,convert,haiku]' $(FLOOR) pytest pytest-xdist
+	.venv-floor/bin/$(INSTALL) '.[train,convert,haiku]' $(FLOOR) pytest pytest-xdist
 	touch $@
 
 build/.mode-$(MODE):

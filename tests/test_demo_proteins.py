@@ -34,7 +34,10 @@ def pdb_atom(atom, residue, chain, number, position):
 
 def pdb_file(path, atoms, sequence=()):
     """A PDB file of (atom, residue, chain, number, position), with SEQRES for chain B if given."""
-    lines = [f"SEQRES   1 B {len(sequence):>4}  {' '.join(sequence)}"] if sequence else []
+    lines = [
+        f"SEQRES {1 + i // 13:>3} B {len(sequence):>4}  {' '.join(sequence[i : i + 13])}"
+        for i in range(0, len(sequence), 13)
+    ]
     path.write_text("\n".join([*lines, *(pdb_atom(*atom) for atom in atoms), "END", ""]))
     return path
 
