@@ -117,7 +117,7 @@ def restore(path: Path, like: State, settings: dict[str, Any]) -> tuple[State, l
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Trains up to `options.steps`; writes checkpoint.npz on the way and run.json at the end."""
+    """Trains up to `options.steps`; writes checkpoint.npz and run.json every so often."""
     chains = [proteins.read_structure(path) for path in options.files]
     samples = [sample(chain) for chain in chains]
     settings = {name: getattr(options, name) for name in SETTINGS}
@@ -139,8 +139,8 @@ def fit(options: argparse.Namespace) -> None:
             bar.update(task, advance=1, description=f"loss {losses[-1]:.3f}")
             if len(losses) % options.save_every == 0 or len(losses) == options.steps:
                 save(checkpoint, state, losses, settings)
-    if seconds:
-        write(options.out / "run.json", program, settings, losses, statistics.median(seconds))
+                median = statistics.median(seconds)
+                write(options.out / "run.json", program, settings, losses, median)
 
 
 def write(path: Path, program: Program, settings: Any, losses: list[float], median: float) -> None:
@@ -168,7 +168,8 @@ def plot(options: argparse.Namespace) -> None:
         settings, losses = run["settings"], np.array(run["losses"])
         kind = "kernels" if run["ops"]["cuda"] else "XLA"
         label = f"{kind}, {settings['dtype']}, seed {settings['seed']}"
-        away = losses - np.resize(runs[0]["losses"], len(losses))
+        both = min(len(losses), len(runs[0]["losses"]))
+        away = losses[:both] - runs[0]["losses"][:both]
         (line,) = above.plot(*smooth(losses), label=label)
         if settings["seed"] == runs[0]["settings"]["seed"]:
             below.plot(*smooth(away), color=line.get_color())
