@@ -1,6 +1,5 @@
 """What examples/train.py fits: distance bins of real structures, by a pair stack of the layers."""
 
-import argparse
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,17 +44,17 @@ def sample(protein: proteins.Protein) -> Sample:
     return Sample(protein.residue_types, valid, offsets, bins, known)
 
 
-def draw(samples: list[Sample], options: argparse.Namespace, step: int) -> Sample:
+def draw(samples: list[Sample], step: int, *, seed: int, batch: int, crop: int) -> Sample:
     """The crops of a step, which depend on the seed and the step alone; short chains are padded."""
-    rng = np.random.default_rng([options.seed, step])
+    rng = np.random.default_rng([seed, step])
 
-    def crop():
+    def one():
         chain = samples[rng.integers(len(samples))]
-        start = rng.integers(max(len(chain.types) - options.crop, 0) + 1)
-        cuts = (x[(slice(start, start + options.crop),) * x.ndim] for x in chain)
-        return Sample(*(np.pad(x, [(0, options.crop - len(x))] * x.ndim) for x in cuts))
+        start = rng.integers(max(len(chain.types) - crop, 0) + 1)
+        cuts = (x[(slice(start, start + crop),) * x.ndim] for x in chain)
+        return Sample(*(np.pad(x, [(0, crop - len(x))] * x.ndim) for x in cuts))
 
-    return Sample(*map(np.stack, zip(*(crop() for _ in range(options.batch)), strict=True)))
+    return Sample(*map(np.stack, zip(*(one() for _ in range(batch)), strict=True)))
 
 
 class Block(nnx.Module):

@@ -121,17 +121,18 @@ def fit(options: argparse.Namespace) -> None:
     chains = [proteins.read_structure(path) for path in options.files]
     samples = [sample(chain) for chain in chains]
     settings = {name: getattr(options, name) for name in SETTINGS}
+    crops = partial(draw, samples, **{name: settings[name] for name in ("seed", "batch", "crop")})
     settings["chains"] = [f"{chain.name}, {len(chain.residue_types)}" for chain in chains]
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = options.out / "checkpoint.npz"
-    program = build(options, draw(samples, options, 0))
+    program = build(options, crops(0))
     state, losses, seconds = program.state, [], []
     if checkpoint.exists():
         state, losses = restore(checkpoint, state, settings)
     with Progress() as bar:
         task = bar.add_task("", total=options.steps, completed=len(losses))
         for number in range(len(losses), options.steps):
-            batch = draw(samples, options, number)
+            batch = crops(number)
             started = time.perf_counter()
             state, loss = program.step(state, batch)
             losses.append(float(loss))

