@@ -72,7 +72,7 @@ def build(options: argparse.Namespace, batch: Sample) -> Program:
     model, params = nnx.split(initialise(nnx.Rngs(options.seed)))
     rate = optax.linear_schedule(0.0, options.rate, options.warm_up)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
-    state = State(params, optimizer.init(params))
+    state = State(params, jax.jit(optimizer.init)(params))
 
     def objective(params, batch):
         return mean_loss(nnx.merge(model, params)(batch), batch)
