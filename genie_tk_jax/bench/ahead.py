@@ -24,7 +24,7 @@ Task = Callable[[], None]
 
 @contextmanager
 def cache() -> Iterator[None]:
-    """Keeps compiled programs on disk: where JAX's settings say, else for as long as the run lasts."""
+    """Keeps compiled programs on disk: where JAX is told to, else for as long as the run lasts."""
     if jax.config.jax_compilation_cache_dir:
         yield
         return
