@@ -150,6 +150,7 @@ def write(path: Path, program: Program, settings: Any, losses: list[float], medi
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": machine.device(),
         "versions": machine.versions(["flax", "optax"]),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "settings": settings,
         "ops": ops,
         "step_milliseconds": 1e3 * median,
@@ -168,13 +169,13 @@ def plot(options: argparse.Namespace) -> None:
     for run in runs:
         settings, losses = run["settings"], np.array(run["losses"])
         kind = "kernels" if run["ops"]["cuda"] else "XLA"
-        label = f"{kind}, {settings['dtype']}, seed {settings['seed']}"
+        label = f"{kind}, {settings['dtype']}, seed {settings['seed']} {run['xla_flags']}".strip()
         both = min(len(losses), len(runs[0]["losses"]))
         away = losses[:both] - runs[0]["losses"][:both]
         (line,) = above.plot(*smooth(losses), label=label)
         if settings["seed"] == runs[0]["settings"]["seed"]:
             below.plot(*smooth(away), color=line.get_color())
-        print(f"{label:<26} last {WINDOW} losses {losses[-WINDOW:].mean():.4f}", end="")
+        print(f"{label}: last {WINDOW} losses {losses[-WINDOW:].mean():.4f}", end="")
         print(f", from the first run {np.sqrt(np.mean(away[-WINDOW:] ** 2)):.4f} (rms)", end="")
         print(f"; {run['step_milliseconds']:.1f} ms a step", end="")
         print(f", {run['temporaries_bytes'] / 2**20:.0f} MiB of temporaries")
