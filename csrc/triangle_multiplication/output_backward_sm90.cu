@@ -73,18 +73,14 @@ cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
   if (tiles * of.batch >= int64_t{1} << 30) return cudaErrorInvalidValue;
   const size_t all_rows = of.batch * of.rows, columns = of.columns, batch = of.batch;
   const size_t rows_padded = of.rows_padded, columns_padded = of.columns_padded;
-  const auto pairs = [](const void* pointer) {
-    return static_cast<T*>(const_cast<void*>(pointer));
-  };
   const auto contraction = [&](const void* t) -> typename G::Contraction {
     using Contracted = typename S::Contracted;
-    return {static_cast<Contracted*>(const_cast<void*>(t)), batch, nullptr, rows_padded,
-            columns_padded};
+    return {Data<Contracted>(t), batch, nullptr, rows_padded, columns_padded};
   };
   try {
-    const G globals = {.z = {pairs(of.z), nullptr, all_rows, columns, nullptr},
-                       .dz = {pairs(p.dz), nullptr, all_rows, columns, nullptr},
-                       .d_out = {pairs(p.d_out), nullptr, all_rows, columns, nullptr},
+    const G globals = {.z = {Data<T>(of.z), nullptr, all_rows, columns, nullptr},
+                       .dz = {Data<T>(p.dz), nullptr, all_rows, columns, nullptr},
+                       .d_out = {Data<T>(p.d_out), nullptr, all_rows, columns, nullptr},
                        .t = contraction(of.t),
                        .dt = contraction(p.dt),
                        .given = p,
@@ -100,12 +96,9 @@ cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const GatedOutputBackward& p, cudaStream_t stream) {
-  const int channels = p.of.channels, hidden = p.of.hidden;
-  if (channels == 64 && hidden == 64) return LaunchFor<T, 64, 64>(p, stream);
-  if (channels == 64 && hidden == 128) return LaunchFor<T, 64, 128>(p, stream);
-  if (channels == 128 && hidden == 64) return LaunchFor<T, 128, 64>(p, stream);
-  if (channels == 128 && hidden == 128) return LaunchFor<T, 128, 128>(p, stream);
-  return cudaErrorInvalidValue;
+  return ForSize<64, 128>(p.of.channels, [&](auto c) {
+    return ForSize<64, 128>(p.of.hidden, [&](auto h) { return LaunchFor<T, c, h>(p, stream); });
+  });
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // The weights of the gated output's backward in a block's shared memory.
 #pragma once
 
+#include "resident.cuh"
 #include "triangle_multiplication/output_backward_block.cuh"
-#include "triangle_multiplication/weights.cuh"
 
 namespace genie::output_backward {
 
@@ -62,9 +62,11 @@ __device__ void FillParameters(typename S::Shared& shared, const GatedOutput& gi
   everyone::sync(0);
   const auto fill = [&](auto* tiles, const void* matrix, const float* scale, const float* mean) {
     AsStored<T>(matrix, given.kernel_dtype, [&](auto* stored) {
-      FillWeights<kThreads>(tiles, S::kChunks, stored, C, [&](float w, int row, int column) {
-        return __ldg(scale + row) * w - mean[column];
-      });
+      const auto centred = [&](float w, int chunk, int row, int column) {
+        return __ldg(scale + row) * w - mean[chunk * kColumns + column];
+      };
+      FillWeights<kThreads>(tiles, S::kChunks, C, centred,
+                            [&](int chunk) { return stored + chunk * kColumns; });
     });
   };
   fill(shared.proj, given.proj_kernel, given.norm_out_scale, parts[0]);
