@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from genie_tk_jax import _dispatch
+
 Linear = dict[str, jax.Array]
 
 
@@ -24,6 +26,25 @@ def biases(*linears: Linear) -> tuple[jax.Array | None, ...]:
 def norms(*groups: Linear) -> tuple[jax.Array, ...]:
     """Scale and bias of each layer norm, float32."""
     return tuple(group[name].astype(jnp.float32) for group in groups for name in ("scale", "bias"))
+
+
+# Kernels move channel-first arrays by TMA, which wants rows to start at multiples of 16 bytes.
+PADDING = 8
+
+
+def padding() -> int:
+    """What channel-first arrays round their pair axes up to: 1 where no kernel can read them.
+
+    There a device's part of an axis has one size in all arrays, so that any part may be sharded.
+    """
+    return PADDING if _dispatch.kernels_absent() is None else 1
+
+
+def padded(x: jax.Array, axes: int = 2) -> jax.Array:
+    """x with its last axes rounded up to multiples of `padding()` by zeros: [.., I, K] for two."""
+    multiple = padding()
+    missing = [(0, 0)] * (x.ndim - axes) + [(0, -size % multiple) for size in x.shape[-axes:]]
+    return jnp.pad(x, missing) if any(after for _, after in missing) else x
 
 
 # Blocks sum gradients of weights over pairs: as many blocks as the largest GPU runs at once, of at

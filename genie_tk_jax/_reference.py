@@ -47,16 +47,6 @@ def linear(equation: str, x: jax.Array, weights: dict[str, jax.Array]) -> jax.Ar
     return y
 
 
-# Kernels move channel-first arrays by TMA, which wants rows to start at multiples of 16 bytes.
-PADDING = 8
-
-
-def padded(x: jax.Array, axes: int = 2) -> jax.Array:
-    """x with its last axes rounded up to multiples of `PADDING` by zeros: [.., I, K] for two."""
-    missing = [(0, 0)] * (x.ndim - axes) + [(0, -size % PADDING) for size in x.shape[-axes:]]
-    return jnp.pad(x, missing) if any(after for _, after in missing) else x
-
-
 # A chunk of rows holds at most this many numbers in its largest temporary, 0.13 GB in float32.
 AT_ONCE = 2**25
 

@@ -23,8 +23,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from genie_tk_jax import _dispatch
-from genie_tk_jax._reference import PADDING
+from genie_tk_jax import _dispatch, _operands
 
 Arrays = tuple[jax.Array | None, ...]
 
@@ -70,8 +69,8 @@ def stage(
         named are gradients of weights, [b, ...].
       whole: axes that a device needs whole. Others may be sharded; a result without a sharded
         axis is summed over its devices.
-      padded: axes that some arrays hold rounded up to a multiple of `PADDING`; each device's part
-        of one is such a multiple, or whole.
+      padded: axes that some arrays hold rounded up to a multiple of `_operands.padding()`; each
+        device's part of one is such a multiple, or whole.
       fold: the axis that takes a vmapped axis when all operands without it are unmapped.
       kernel: the CUDA kernel, if there is one.
     """
@@ -251,13 +250,14 @@ def _shards(mesh, every, rule: _Rule) -> dict[str, tuple[str, ...]]:
     """
     known = {axis for axes in (*rule.operands, *rule.results) for axis in axes} - {*rule.whole}
     shards: dict[str, tuple[str, ...]] = {}
+    padding = _operands.padding()
     for axes, shape in every:
         entries = () if shape.sharding is None else shape.sharding.spec
         for axis, entry, size in zip(axes, entries, shape.shape, strict=False):
             names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
             used = {name for taken in shards.values() for name in taken}
             parts = math.prod(mesh.shape[name] for name in names)
-            divides = size % (parts * (PADDING if axis in rule.padded else 1)) == 0
+            divides = size % (parts * (padding if axis in rule.padded else 1)) == 0
             if names and divides and axis in known - {*shards} and used.isdisjoint(names):
                 shards[axis] = names
     return shards

@@ -11,9 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import genie_tk_jax
+from genie_tk_jax import _dispatch
 from genie_tk_jax._stage import stage
 
-N, C = 64, 8  # a multiple of 8 pairs for each device
+N, C = 16, 8
+PADDED_N = 64  # with kernels, a device's part of a padded axis must be a multiple of 8
 SPECS = {
     "rows": P("x", None, None),
     "columns": P(None, "x", None),
@@ -39,9 +41,9 @@ def gathered(text, numbers):
     return [s for s in shapes if np.prod([int(d) for d in s.split(",") if d]) >= numbers]
 
 
-def drawn(way):
+def drawn(way, n=N):
     batch = (8,) if way == "batch" else ()
-    return pair(1, N, C, batch), mask(2, N, batch)
+    return pair(1, n, C, batch), mask(2, n, batch)
 
 
 @layers
@@ -68,8 +70,11 @@ def test_layers_and_gradients(op, how, way):
 
 
 @ways
-def test_pointwise_stages_gather_nothing(way):
-    z, valid = drawn(way)
+@pytest.mark.parametrize("n", [N, PADDED_N])
+def test_pointwise_stages_gather_nothing(way, n, monkeypatch):
+    if n == PADDED_N:
+        monkeypatch.setattr(_dispatch, "kernels_absent", lambda: None)
+    z, valid = drawn(way, n)
     weights = params("triangle_multiplication", 3, C)
     z, valid, sharding = placed(way, z, valid)
 
@@ -127,8 +132,11 @@ def test_a_stage_runs_on_shards():
     assert out.sharding.is_equivalent_to(x.sharding, 3)
 
 
-def test_an_axis_that_does_not_divide_stays_whole():
-    z, valid = pair(1, 6, C), mask(2, 6)
+@pytest.mark.parametrize("n", [6, 10])
+def test_an_axis_that_does_not_divide_stays_whole(n, monkeypatch):
+    if n == 10:
+        monkeypatch.setattr(_dispatch, "kernels_absent", lambda: None)
+    z, valid = pair(1, n, C), mask(2, n)
     weights = params("triangle_multiplication", 3, C)
     mesh = Mesh(np.array(jax.devices()[:8]), ("x",))
 

@@ -24,7 +24,10 @@ Task = Callable[[], None]
 
 @contextmanager
 def cache() -> Iterator[None]:
-    """Keeps compiled programs on disk, for as long as the run lasts."""
+    """Keeps compiled programs on disk: where JAX is told to, else for as long as the run lasts."""
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
     settings = {
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

@@ -52,7 +52,7 @@ def bias_of_pairs(arrays, weights, *, node, ending_bias, epsilon):
         _, x = normed(z, mask, weights, epsilon)
         return _folded("bkc,ch->bkh", x, weights["pair_bias"], math.log2(math.e))
 
-    return _reference.padded(jnp.moveaxis(_over_pairs(row, z, mask), -1, 1), 1)
+    return _operands.padded(jnp.moveaxis(_over_pairs(row, z, mask), -1, 1), 1)
 
 
 def queries_keys_values(x, weights):
@@ -121,7 +121,7 @@ def _project_kernel(arrays, weights, *, node, ending_bias, epsilon):
     ending, as_z = node == "ending", ending_bias == "unswapped"
     i, j = (columns, rows) if ending else (rows, columns)
     queries, keys = (rows, columns) if as_z else (i, j)
-    keys += -keys % _reference.PADDING
+    keys += -keys % _operands.PADDING
     attended = jax.ShapeDtypeStruct((batch, i, j, heads, width), z.dtype)
     bias = jax.ShapeDtypeStruct((batch, heads, queries, keys), z.dtype)
     return _ffi.call(

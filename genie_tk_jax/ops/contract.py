@@ -46,7 +46,7 @@ def unsupported(arrays, weights, **_) -> str | None:
         return why
     if 0 in left.shape[2:] or 0 in right.shape[2:]:
         return "a and b must have pairs"
-    if left.shape[-1] % _reference.PADDING or right.shape[-1] % _reference.PADDING:
+    if left.shape[-1] % _operands.PADDING or right.shape[-1] % _operands.PADDING:
         return "rows must be whole multiples of 16 bytes"
     return None
 
@@ -196,6 +196,6 @@ def contract(
         _dispatch.choose(op, "xla", None, (a, b))
         t = reference(ordered(a, b, direction), {}, direction=direction)
     else:
-        a, b = _reference.padded(a), _reference.padded(b)
+        a, b = _operands.padded(a), _operands.padded(b)
         t = _op(a, b, direction, implementation)[..., : shapes["I"], : shapes["J"]]
     return shapes.unfold(t)

@@ -191,5 +191,5 @@ def gated_output(
         _dispatch.choose(op, "xla", None, (z, t))
         out = reference((z, t, mask), weights, residual=residual, epsilon=epsilon)
     else:
-        out = _op(z, _reference.padded(t), mask, weights, residual, epsilon, implementation)
+        out = _op(z, _operands.padded(t), mask, weights, residual, epsilon, implementation)
     return shapes.unfold(out)

@@ -21,7 +21,7 @@ def reference(arrays, weights, *, epsilon):
     ab = gate * _reference.linear("bikc,ch->bikh", x, weights["proj_in"])
     if mask is not None:
         ab = jnp.where(mask[..., None], ab, 0)
-    a, b = jnp.split(_reference.padded(jnp.moveaxis(ab, -1, 1)), 2, axis=1)
+    a, b = jnp.split(_operands.padded(jnp.moveaxis(ab, -1, 1)), 2, axis=1)
     return a, b
 
 
@@ -46,7 +46,7 @@ def _kernel(arrays, weights, *, epsilon):
     z, mask = arrays
     hidden = weights["proj_in"]["kernel"].shape[1] // 2
     batch, *sizes, _ = z.shape
-    shape = (batch, hidden, *(size + -size % _reference.PADDING for size in sizes))
+    shape = (batch, hidden, *(size + -size % _operands.PADDING for size in sizes))
     result = jax.ShapeDtypeStruct(shape, z.dtype)
     operands = z, mask, *_parameters(z.dtype, weights)
     return _ffi.call("genie_gated_projection_fwd", (result, result), *operands, epsilon=epsilon)

@@ -95,7 +95,7 @@ def _call(arrays, weights, *, with_lse, folded=False):
     q, k, v, bias, mask = arrays
     batch, rows, queries, heads, _ = q.shape
     if bias is not None:
-        bias = _reference.padded(bias, 1)
+        bias = _operands.padded(bias, 1)
     results = (
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((batch, rows, heads, queries if with_lse else 0), jnp.float32),
@@ -136,7 +136,7 @@ def _backward_call(arrays, weights, *, folded=False):
     keys = k.shape[2]
     like_bias, chunks = (0,), 1
     if bias is not None:
-        bias = _reference.padded(bias, 1)
+        bias = _operands.padded(bias, 1)
         like_bias = bias.shape
         tiles = math.ceil(queries / _TILE) * math.ceil(keys / _TILE) * batch * heads
         chunks = _chunks(rows, tiles)
@@ -151,7 +151,7 @@ def _backward_call(arrays, weights, *, folded=False):
         "genie_pair_attention_bwd", results, q, k, v, bias, mask, o, lse, d_o, folded=folded
     )[:4]
     if bias is None:
-        return gradients[:3]
+        return tuple(gradients[:3])
     return *gradients[:3], gradients[3][..., : arrays[3].shape[-1]]
 
 
