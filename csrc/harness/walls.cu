@@ -118,7 +118,7 @@ __global__ void Products(Span* spans, float* out) {
   genie::FenceAsyncProxy();
   __syncthreads();
   rt_fl<16, N> d[2];
-  rt_bf<16, K> fragment;
+  rt<bf16, 16, K> fragment;
   warpgroup::load(fragment, a);
   Timed(spans, [&] {
     for (int i = 0; i < kLoops / 2; ++i) {
