@@ -4,7 +4,7 @@
 
 #include <initializer_list>
 #include <optional>
-#include <string>
+#include <sstream>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -62,6 +62,19 @@ Error DeviceStatus();
 
 // An error unless `status`, as a launch returned it, is success.
 Error LaunchStatus(cudaError_t status);
+
+// Launches `arguments` on a device that the kernels were built for. Where the launch refuses them,
+// the error says in `words`, text and numbers, what no kernel serves.
+template <class Arguments, class... Words>
+Error Launched(const Arguments& arguments, cudaStream_t stream, const Words&... words) {
+  if (Error error = DeviceStatus(); error.failure()) return error;
+  const cudaError_t status = Launch(arguments, stream);
+  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
+  std::ostringstream text;
+  text << "no kernel serves ";
+  (text << ... << words);
+  return Error::InvalidArgument(text.str());
+}
 
 // An error naming `what` unless `dimensions` are as expected.
 Error ShapeStatus(const char* what, std::initializer_list<int64_t> expected, Dimensions dimensions);

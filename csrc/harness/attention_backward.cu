@@ -4,16 +4,9 @@
 // N` one size.
 #include <string>
 
-#include "harness/attention_backward.h"
+#include "harness/attention_backward_reference.h"
 
 namespace {
-
-template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !Problem<T>(c, 1).Verify();
-  return failures;
-}
 
 template <typename T>
 void TimeOne(const Case& c) {
@@ -23,8 +16,7 @@ void TimeOne(const Case& c) {
                             channels + 4 * hidden + 2 * c.heads};
   const double columns[] = {3 * hidden, 4 * hidden + c.heads, 4 * hidden + c.heads};
   const double least = sizeof(T) * pairs * numbers[0];
-  const int copies = std::clamp(static_cast<int>(3e8 / least) + 1, 1, 8);
-  const Problem<T> problem(c, copies);
+  const Problem<T> problem(c, Copies(least));
   const char* names[] = {"output", "projections", "weights"};
   for (int which = 0; which < 3; ++which) {
     const double bytes = sizeof(T) * pairs * numbers[which];
@@ -52,15 +44,18 @@ std::vector<Case> Cases() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 77, 128, 4, 32}}) +
-           CheckAll<__half>({{1, 70, 5, 64, 4, 16, Node::kUnswapped, Mask::kRandom, true, true}});
+    return Failures<Problem<__nv_bfloat16>, Case>({{1, 9, 77, 128, 4, 32}}) +
+           Failures<Problem<__half>, Case>(
+               {{1, 70, 5, 64, 4, 16, Node::kUnswapped, Mask::kRandom, true, true}});
   }
   int failures = 0;
   if (mode != "time" && mode != "large") {
-    failures += CheckAll<__nv_bfloat16>(Cases()) + CheckAll<__half>(Cases());
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>(Cases()) + Failures<Problem<__half>, Case>(Cases());
   }
   if (mode == "large") {  // offsets beyond 32 bits
-    failures += CheckAll<__nv_bfloat16>({{1, 4232, 4232, 128, 4, 32, Node::kEnding}});
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>({{1, 4232, 4232, 128, 4, 32, Node::kEnding}});
   }
   if (mode != "check" && mode != "large") {
     std::vector<int64_t> sizes = {64, 256, 512, 768, 1024, 2048};

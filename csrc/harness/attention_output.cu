@@ -26,7 +26,7 @@ class Problem {
     memory_.Allocate(&z_, c.pairs() * c.channels * sizeof(T) * copies);
     memory_.Allocate(&o_, c.pairs() * c.hidden() * sizeof(T) * copies);
     memory_.Allocate(&mask_, c.pairs());
-    memory_.Allocate(&out_, Size() * sizeof(T) * copies + kGuard);
+    results_.Add(memory_, &out_, Size() * copies);
     for (int i = 0; i < copies; ++i) {
       FillPairs<<<4096, 256>>>(z_ + i * c.pairs() * c.channels, mask_, c.pairs(), c.channels,
                                c.mask);
@@ -42,12 +42,12 @@ class Problem {
     p.mask = c_.mask == Mask::kNone ? nullptr : mask_;
     p.out = out_ + copy * Size();
     p.dtype = kFloat<T>, p.kernel_dtype = c_.float_weights ? Float::kF32 : kFloat<T>;
-    p.norm_scale = static_cast<float*>(norm_scale_.device);
-    p.norm_bias = static_cast<float*>(norm_bias_.device);
+    p.norm_scale = norm_scale_.floats();
+    p.norm_bias = norm_bias_.floats();
     p.gate_kernel = gate_.device, p.out_kernel = project_.device;
     if (c_.bias) {
-      p.gate_bias = static_cast<float*>(gate_bias_.device);
-      p.out_bias = static_cast<float*>(out_bias_.device);
+      p.gate_bias = gate_bias_.floats();
+      p.out_bias = out_bias_.floats();
     }
     p.batch = c_.batch, p.rows = c_.rows, p.columns = c_.columns;
     p.channels = c_.channels, p.hidden = c_.hidden();
@@ -57,30 +57,14 @@ class Problem {
 
   // Runs twice into poisoned outputs; returns whether all is well and prints a line.
   bool Verify() {
-    unsigned long long* faults;
-    memory_.Allocate(&faults, 16);
-    Check(cudaMemset(faults, 0, 16), "faults");
-    const int64_t bytes = Size() * sizeof(T);
-    T* kept;
-    memory_.Allocate(&kept, bytes);
-    bool guarded = true;
-    for (int run = 0; run < 2; ++run) {
-      Check(cudaMemset(out_, 0xFF, bytes + kGuard), "poison");
-      Check(genie::Launch(Arguments(0), nullptr), "launch");
-      Check(cudaDeviceSynchronize(), "run");
-      for (uint8_t x : Memory::ToHost(reinterpret_cast<uint8_t*>(out_) + bytes, kGuard)) {
-        guarded &= x == 0xFF;
-      }
-      if (run == 0) Check(cudaMemcpy(kept, out_, bytes, cudaMemcpyDeviceToDevice), "keep");
-    }
-    Inspect<<<4096, 256>>>(out_, kept, Size(), faults);
-    const auto found = Memory::ToHost(faults, 2);
+    const Faults faults =
+        results_.RunTwice([&] { Check(genie::Launch(Arguments(0), nullptr), "launch"); });
     Errors errors[1];
     CompareSamples(errors);
-    const bool good = guarded && !found[0] && !found[1] && errors[0].good();
+    const bool good = !faults.any() && errors[0].good();
     PrintCase(kName<T>, c_);
-    std::printf("out %.3e of %.3e  NaN %llu differ %llu %s %s\n", errors[0].error(),
-                errors[0].yardstick(), found[0], found[1], guarded ? "" : "GUARD",
+    std::printf("out %.3e of %.3e  NaN %llu differ %llu guard %llu %s\n", errors[0].error(),
+                errors[0].yardstick(), faults.nan, faults.differ, faults.guard,
                 good ? "pass" : "FAIL");
     return good;
   }
@@ -139,23 +123,16 @@ class Problem {
   Case c_;
   int copies_;
   Memory memory_;
+  Results results_;
   Weight<T> norm_scale_, norm_bias_, gate_bias_, out_bias_, gate_, project_;
   T *z_, *o_, *out_;
   uint8_t* mask_;
 };
 
 template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !Problem<T>(c, 1).Verify();
-  return failures;
-}
-
-template <typename T>
 void TimeOne(const Case& c) {
   const double bytes = sizeof(T) * c.pairs() * (2. * c.channels + c.hidden());
-  const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
-  const float ms = Problem<T>(c, copies).Time();
+  const float ms = Problem<T>(c, Copies(bytes)).Time();
   PrintCase(kName<T>, c);
   std::printf("%8.4f ms  %7.1f GB/s  %6.1f TFLOP/s\n", ms, bytes / ms * 1e-6,
               4. * c.pairs() * c.channels * c.hidden() / ms * 1e-9);
@@ -188,16 +165,18 @@ std::vector<Case> Cases() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 77, 128, 4, 32}}) +
-           CheckAll<__half>({{1, 70, 5, 64, 4, 16, Node::kEnding, Mask::kRandom, true, true}});
+    return Failures<Problem<__nv_bfloat16>, Case>({{1, 9, 77, 128, 4, 32}}) +
+           Failures<Problem<__half>, Case>(
+               {{1, 70, 5, 64, 4, 16, Node::kEnding, Mask::kRandom, true, true}});
   }
   int failures = 0;
   if (mode != "time" && mode != "large") {
-    failures += CheckAll<__nv_bfloat16>(Cases()) + CheckAll<__half>(Cases());
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>(Cases()) + Failures<Problem<__half>, Case>(Cases());
   }
   if (mode == "large") {  // offsets beyond 32 bits
     for (Node node : {Node::kStarting, Node::kEnding}) {
-      failures += CheckAll<__nv_bfloat16>({{1, 4232, 4232, 128, 4, 32, node}});
+      failures += Failures<Problem<__nv_bfloat16>, Case>({{1, 4232, 4232, 128, 4, 32, node}});
     }
   }
   if (mode != "check" && mode != "large") {

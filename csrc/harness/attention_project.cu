@@ -22,7 +22,7 @@ class Problem {
     memory_.Allocate(&z_, c.pairs() * c.channels * sizeof(T) * copies);
     memory_.Allocate(&mask_, c.pairs());
     for (int i = 0; i < 4; ++i) {
-      memory_.Allocate(&out_[i], Size(i) * sizeof(T) * copies + kGuard);
+      results_.Add(memory_, &out_[i], Size(i) * copies);
       const int width = i < 3 ? c.hidden() : c.heads;
       kernels_.emplace_back(memory_, int64_t{c.channels} * width, c.float_weights, 10 + i,
                             1 / std::sqrt(float(c.channels)));
@@ -41,8 +41,8 @@ class Problem {
     p.q = out_[0] + copy * Size(0), p.k = out_[1] + copy * Size(1);
     p.v = out_[2] + copy * Size(2), p.bias = out_[3] + copy * Size(3);
     p.dtype = kFloat<T>, p.kernel_dtype = c_.float_weights ? Float::kF32 : kFloat<T>;
-    p.norm_scale = static_cast<float*>(norm_scale_.device);
-    p.norm_bias = static_cast<float*>(norm_bias_.device);
+    p.norm_scale = norm_scale_.floats();
+    p.norm_bias = norm_bias_.floats();
     p.q_kernel = kernels_[0].device, p.k_kernel = kernels_[1].device;
     p.v_kernel = kernels_[2].device, p.bias_kernel = kernels_[3].device;
     p.batch = c_.batch, p.rows = c_.rows, p.columns = c_.columns;
@@ -53,40 +53,17 @@ class Problem {
 
   // Runs twice into poisoned outputs; returns whether all is well and prints a line.
   bool Verify() {
-    unsigned long long* faults;
-    memory_.Allocate(&faults, 16);
-    Check(cudaMemset(faults, 0, 16), "faults");
-    T* kept[4];
-    bool guarded = true;
-    for (int run = 0; run < 2; ++run) {
-      for (int i = 0; i < 4; ++i) {
-        Check(cudaMemset(out_[i], 0xFF, Size(i) * sizeof(T) + kGuard), "poison");
-      }
-      Check(genie::Launch(Arguments(0), nullptr), "launch");
-      Check(cudaDeviceSynchronize(), "run");
-      for (int i = 0; i < 4; ++i) {
-        const int64_t bytes = Size(i) * sizeof(T);
-        for (uint8_t x : Memory::ToHost(reinterpret_cast<uint8_t*>(out_[i]) + bytes, kGuard)) {
-          guarded &= x == 0xFF;
-        }
-        if (run == 1) {
-          Inspect<<<4096, 256>>>(out_[i], kept[i], Size(i), faults);
-        } else {
-          memory_.Allocate(&kept[i], bytes);
-          Check(cudaMemcpy(kept[i], out_[i], bytes, cudaMemcpyDeviceToDevice), "keep");
-        }
-      }
-    }
-    const auto found = Memory::ToHost(faults, 2);
+    const Faults faults =
+        results_.RunTwice([&] { Check(genie::Launch(Arguments(0), nullptr), "launch"); });
     const int64_t pads = WrongPads();
     Errors errors[2];
     CompareSamples(errors);
-    const bool good =
-        guarded && !pads && !found[0] && !found[1] && errors[0].good() && errors[1].good();
+    const bool good = !faults.any() && !pads && errors[0].good() && errors[1].good();
     PrintCase(kName<T>, c_);
-    std::printf("qkv %.3e of %.3e  bias %.3e of %.3e  pads %ld NaN %llu differ %llu %s %s\n",
-                errors[0].error(), errors[0].yardstick(), errors[1].error(), errors[1].yardstick(),
-                pads, found[0], found[1], guarded ? "" : "GUARD", good ? "pass" : "FAIL");
+    std::printf(
+        "qkv %.3e of %.3e  bias %.3e of %.3e  pads %ld NaN %llu differ %llu guard %llu %s\n",
+        errors[0].error(), errors[0].yardstick(), errors[1].error(), errors[1].yardstick(), pads,
+        faults.nan, faults.differ, faults.guard, good ? "pass" : "FAIL");
     return good;
   }
 
@@ -153,6 +130,7 @@ class Problem {
   Case c_;
   int copies_;
   Memory memory_;
+  Results results_;
   Weight<T> norm_scale_, norm_bias_;
   std::vector<Weight<T>> kernels_;
   T *z_, *out_[4];
@@ -160,18 +138,10 @@ class Problem {
 };
 
 template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !Problem<T>(c, 1).Verify();
-  return failures;
-}
-
-template <typename T>
 void TimeOne(const Case& c) {
   const double columns = 3. * c.hidden() + c.heads;
   const double bytes = sizeof(T) * c.pairs() * (c.channels + columns);
-  const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
-  const float ms = Problem<T>(c, copies).Time();
+  const float ms = Problem<T>(c, Copies(bytes)).Time();
   PrintCase(kName<T>, c);
   std::printf("%8.4f ms  %7.1f GB/s  %6.1f TFLOP/s\n", ms, bytes / ms * 1e-6,
               2. * c.pairs() * c.channels * columns / ms * 1e-9);
@@ -199,16 +169,17 @@ std::vector<Case> Cases() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 77, 128, 4, 32}}) +
-           CheckAll<__half>({{1, 70, 5, 64, 4, 16, Node::kUnswapped}});
+    return Failures<Problem<__nv_bfloat16>, Case>({{1, 9, 77, 128, 4, 32}}) +
+           Failures<Problem<__half>, Case>({{1, 70, 5, 64, 4, 16, Node::kUnswapped}});
   }
   int failures = 0;
   if (mode != "time" && mode != "large") {
-    failures += CheckAll<__nv_bfloat16>(Cases()) + CheckAll<__half>(Cases());
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>(Cases()) + Failures<Problem<__half>, Case>(Cases());
   }
   if (mode == "large") {  // offsets beyond 32 bits
     for (Node node : {Node::kStarting, Node::kEnding, Node::kUnswapped}) {
-      failures += CheckAll<__nv_bfloat16>({{1, 4232, 4232, 128, 4, 32, node}});
+      failures += Failures<Problem<__nv_bfloat16>, Case>({{1, 4232, 4232, 128, 4, 32, node}});
     }
   }
   if (mode != "check" && mode != "large") {

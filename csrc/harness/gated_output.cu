@@ -8,24 +8,16 @@
 namespace {
 
 template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !Problem<T>(c, 1).Verify();
-  return failures;
-}
-
-template <typename T>
 void TimeOne(const Case& c) {
   using P = Problem<T>;
   const double bytes = 2. * sizeof(T) * c.elements() +
                        sizeof(typename P::Contracted) * double(c.contracted()) + c.pairs();
   const double flops = 2. * c.pairs() * c.channels * (c.channels + c.hidden);
-  const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
-  const float ms = P(c, copies).Time();
+  const float ms = P(c, Copies(bytes)).Time();
   std::printf(
       "%s I=%-5ld J=%-5ld C=%-4d Hm=%-4d residual=%d  %8.4f ms  %7.1f GB/s  %6.1f TFLOP/s\n",
-      std::is_same_v<T, __half> ? "f16 " : "bf16", c.rows, c.columns, c.channels, c.hidden,
-      c.residual, ms, bytes / ms * 1e-6, flops / ms * 1e-9);
+      kName<T>, c.rows, c.columns, c.channels, c.hidden, c.residual, ms, bytes / ms * 1e-6,
+      flops / ms * 1e-9);
 }
 
 }  // namespace
@@ -33,8 +25,8 @@ void TimeOne(const Case& c) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 129, 128, 128}}) +
-           CheckAll<__half>({{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
+    return Failures<Problem<__nv_bfloat16>, Case>({{1, 9, 129, 128, 128}}) +
+           Failures<Problem<__half>, Case>({{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
   }
   int failures = 0;
   if (mode != "time") {
@@ -54,8 +46,10 @@ int main(int argc, char** argv) {
     }
     cases.push_back({2, 1, 200, 64, 256});
     cases.push_back({3, 200, 1, 128, 128});
-    failures += CheckAll<__nv_bfloat16>(cases) + CheckAll<__half>(cases);
-    failures += CheckAll<__nv_bfloat16>({{1, 1024, 1024, 128, 128}, {1, 4232, 4232, 128, 128}});
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>(cases) + Failures<Problem<__half>, Case>(cases);
+    failures += Failures<Problem<__nv_bfloat16>, Case>(
+        {{1, 1024, 1024, 128, 128}, {1, 4232, 4232, 128, 128}});
   }
   if (argc > 2) {
     TimeOne<__nv_bfloat16>({1, std::atol(argv[2]), std::atol(argv[2]), 128, 128});

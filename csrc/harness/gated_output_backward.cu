@@ -7,28 +7,19 @@
 
 namespace {
 
-constexpr int kBlocks = 132;
-
-template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !BackwardProblem<T>(c, 1, kBlocks).Verify();
-  return failures;
-}
-
 template <typename T>
 void TimeOne(const Case& c) {
   using P = BackwardProblem<T>;
   const double bytes = 3. * sizeof(T) * c.elements() +
                        2. * sizeof(typename P::Contracted) * c.contracted() + c.pairs();
   const double flops = 6. * c.pairs() * c.channels * (c.channels + c.hidden);
-  P problem(c, std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8), kBlocks);
+  const P problem(c, Copies(bytes));
   const float ms = problem.Time(), reduction = problem.TimeReduction();
   std::printf(
       "%s I=%-5ld J=%-5ld C=%-4d Hm=%-4d residual=%d  %8.4f ms (reduction %.4f)  %7.1f GB/s  "
       "%6.1f TFLOP/s\n",
-      std::is_same_v<T, __half> ? "f16 " : "bf16", c.rows, c.columns, c.channels, c.hidden,
-      c.residual, ms, reduction, bytes / ms * 1e-6, flops / ms * 1e-9);
+      kName<T>, c.rows, c.columns, c.channels, c.hidden, c.residual, ms, reduction,
+      bytes / ms * 1e-6, flops / ms * 1e-9);
 }
 
 }  // namespace
@@ -36,8 +27,9 @@ void TimeOne(const Case& c) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 129, 128, 128}}) +
-           CheckAll<__half>({{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
+    return Failures<BackwardProblem<__nv_bfloat16>, Case>({{1, 9, 129, 128, 128}}) +
+           Failures<BackwardProblem<__half>, Case>(
+               {{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
   }
   int failures = 0;
   if (mode != "time") {
@@ -54,8 +46,9 @@ int main(int argc, char** argv) {
     }
     cases.push_back({3, 100, 1, 64, 128});
     cases.push_back({200, 2, 9, 128, 64});
-    failures += CheckAll<__nv_bfloat16>(cases) + CheckAll<__half>(cases);
-    failures += CheckAll<__nv_bfloat16>({{1, 200, 200, 128, 128}});
+    failures += Failures<BackwardProblem<__nv_bfloat16>, Case>(cases) +
+                Failures<BackwardProblem<__half>, Case>(cases);
+    failures += Failures<BackwardProblem<__nv_bfloat16>, Case>({{1, 200, 200, 128, 128}});
   }
   if (argc > 2) {
     TimeOne<__nv_bfloat16>({1, std::atol(argv[2]), std::atol(argv[2]), 128, 128});

@@ -6,23 +6,15 @@
 namespace {
 
 template <typename T>
-int CheckAll(const std::vector<Case>& cases) {
-  int failures = 0;
-  for (const Case& c : cases) failures += !Problem<T>(c, 1).Verify();
-  return failures;
-}
-
-template <typename T>
 void TimeOne(const Case& c) {
   const double bytes = sizeof(T) * (double(c.pairs()) * c.channels + 2. * c.outputs()) + c.pairs();
   const double flops = 2. * c.pairs() * c.channels * 4 * c.hidden;
-  const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
-  const float ms = Problem<T>(c, copies).Time();
+  const float ms = Problem<T>(c, Copies(bytes)).Time();
   std::printf(
       "%s I=%-5ld K=%-5ld C=%-4d Hm=%-4d  %8.4f ms  %7.1f GB/s (%4.1f%% of 4300)  %6.1f "
       "TFLOP/s (%4.1f%% of 790)\n",
-      std::is_same_v<T, __half> ? "f16 " : "bf16", c.rows, c.columns, c.channels, c.hidden, ms,
-      bytes / ms * 1e-6, bytes / ms * 1e-6 / 43, flops / ms * 1e-9, flops / ms * 1e-9 / 7.9);
+      kName<T>, c.rows, c.columns, c.channels, c.hidden, ms, bytes / ms * 1e-6,
+      bytes / ms * 1e-6 / 43, flops / ms * 1e-9, flops / ms * 1e-9 / 7.9);
 }
 
 }  // namespace
@@ -30,8 +22,8 @@ void TimeOne(const Case& c) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{1, 9, 129, 128, 64}}) +
-           CheckAll<__half>({{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
+    return Failures<Problem<__nv_bfloat16>, Case>({{1, 9, 129, 128, 64}}) +
+           Failures<Problem<__half>, Case>({{2, 5, 77, 64, 128, Mask::kRandom, false, false}});
   }
   int failures = 0;
   if (mode != "time") {
@@ -50,8 +42,10 @@ int main(int argc, char** argv) {
     }
     cases.push_back({2, 1, 200, 64, 256, Mask::kRandom, true, true, 64});
     cases.push_back({3, 200, 1, 128, 128, Mask::kRandom, true, true, 128});
-    failures += CheckAll<__nv_bfloat16>(cases) + CheckAll<__half>(cases);
-    failures += CheckAll<__nv_bfloat16>({{1, 1024, 1024, 128, 128}, {1, 4232, 4232, 128, 128}});
+    failures +=
+        Failures<Problem<__nv_bfloat16>, Case>(cases) + Failures<Problem<__half>, Case>(cases);
+    failures += Failures<Problem<__nv_bfloat16>, Case>(
+        {{1, 1024, 1024, 128, 128}, {1, 4232, 4232, 128, 128}});
   }
   if (argc > 2) {
     TimeOne<__nv_bfloat16>({1, std::atol(argv[2]), std::atol(argv[2]), 128, 128});

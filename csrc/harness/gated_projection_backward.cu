@@ -10,25 +10,23 @@ const char* const kNames[] = {"dz", "proj", "gate", "proj_b", "gate_b", "scale",
 constexpr int kResults = 7;
 
 template <typename T>
-class Problem2 {
+class BackwardProblem {
  public:
-  Problem2(const BackwardCase& c, int copies) : c_(c), f_(c.forward), copies_(copies) {
+  BackwardProblem(const BackwardCase& c, int copies) : c_(c), f_(c.forward), copies_(copies) {
     const Case& f = f_;
     const int64_t width = 2 * f.hidden, weights = f.channels * width;
     pairs_size_ = f.pairs() * f.channels;
-    Allocate(&z_, pairs_size_ * sizeof(T) * copies);
-    Allocate(&dz_, pairs_size_ * sizeof(T) * copies + kGuard);
-    Allocate(&dz_in_, pairs_size_ * sizeof(T));
-    Allocate(&mask_, f.pairs());
-    for (auto& d : upstream_) Allocate(&d, f.outputs() * sizeof(T) * copies);
-    for (auto& w : weight_) Allocate(&w, weights * sizeof(float));
-    for (auto& v : vector_) Allocate(&v, 512 * sizeof(float));
+    memory_.Allocate(&z_, pairs_size_ * sizeof(T) * copies);
+    results_.Add(memory_, &dz_, pairs_size_ * copies);
+    memory_.Allocate(&dz_in_, pairs_size_ * sizeof(T));
+    memory_.Allocate(&mask_, f.pairs());
+    for (auto& d : upstream_) memory_.Allocate(&d, f.outputs() * sizeof(T) * copies);
     const int64_t sizes[] = {pairs_size_,         f.batch * weights, f.batch * weights,
                              f.batch * width,     f.batch * width,   f.batch * f.channels,
                              f.batch * f.channels};
     std::copy(sizes, sizes + kResults, sizes_);
-    for (int i = 1; i < kResults; ++i) Allocate(&gradient_[i], sizes[i] * sizeof(float) + kGuard);
-    Allocate(&partials_, f.batch * c.all_parts() * 2 * (f.channels + 1) * width * sizeof(float));
+    for (int i = 1; i < kResults; ++i) results_.Add(memory_, &gradient_[i], sizes[i]);
+    results_.Add(memory_, &partials_, f.batch * c.all_parts() * 2 * (f.channels + 1) * width);
     for (int i = 0; i < copies; ++i) {
       FillPairs<<<4096, 256>>>(z_ + i * pairs_size_, mask_, f.pairs(), f.channels, f.mask);
       for (int j = 0; j < 2; ++j) {
@@ -38,33 +36,24 @@ class Problem2 {
     }
     FillGradient<<<4096, 256>>>(dz_in_, f.pairs(), f.channels, f.pairs(), f.channels, pairs_size_,
                                 40, 1.f);
-    const float scale = 1 / std::sqrt(float(f.channels));
     for (int i = 0; i < 2; ++i) {
-      if (f.float_weights) {
-        FillParameter<<<1, 1024>>>(reinterpret_cast<float*>(weight_[i]), weights, 10 + i, scale, 0);
-      } else {
-        FillParameter<<<1, 1024>>>(reinterpret_cast<T*>(weight_[i]), weights, 10 + i, scale, 0);
-      }
+      weights_.emplace_back(memory_, weights, f.float_weights, 10 + i,
+                            1 / std::sqrt(float(f.channels)));
     }
     for (int i = 0; i < 4; ++i) {
-      FillParameter<<<1, 512>>>(vector_[i], 512, 20 + i, 0.3f, i == 0 ? 1.f : 0.f);
+      vectors_.emplace_back(memory_, 512, true, 20 + i, 0.3f, i == 0 ? 1.f : 0.f);
     }
     Check(cudaDeviceSynchronize(), "fill");
   }
-  ~Problem2() {
-    for (void* p : allocations_) cudaFree(p);
-  }
-
   genie::GatedProjectionBackward Arguments(int copy) const {
-    const Float dtype = std::is_same_v<T, __half> ? Float::kF16 : Float::kBf16;
     genie::GatedProjectionBackward b = {};
     genie::GatedProjection& p = b.forward;
-    p.z = z_ + copy * pairs_size_, p.dtype = dtype;
+    p.z = z_ + copy * pairs_size_, p.dtype = kFloat<T>;
     p.mask = f_.mask == Mask::kNone ? nullptr : mask_;
-    p.norm_scale = vector_[0], p.norm_bias = vector_[1], p.epsilon = kEpsilon;
-    p.proj_kernel = weight_[0], p.gate_kernel = weight_[1];
-    p.kernel_dtype = f_.float_weights ? Float::kF32 : dtype;
-    if (f_.bias) p.proj_bias = vector_[2], p.gate_bias = vector_[3];
+    p.norm_scale = vectors_[0].floats(), p.norm_bias = vectors_[1].floats(), p.epsilon = kEpsilon;
+    p.proj_kernel = weights_[0].device, p.gate_kernel = weights_[1].device;
+    p.kernel_dtype = f_.float_weights ? Float::kF32 : kFloat<T>;
+    if (f_.bias) p.proj_bias = vectors_[2].floats(), p.gate_bias = vectors_[3].floats();
     p.batch = f_.batch, p.rows = f_.rows, p.columns = f_.columns;
     p.rows_padded = f_.rows_padded(), p.columns_padded = f_.padded();
     p.channels = f_.channels, p.hidden = f_.hidden;
@@ -79,88 +68,36 @@ class Problem2 {
 
   // Runs twice into poisoned outputs; returns whether all is well and prints a line.
   bool Verify() {
-    char* kept[kResults];
-    bool guarded = true;
-    unsigned long long* differences;
-    Allocate(&differences, 8);
-    Check(cudaMemset(differences, 0, 8), "zero");
-    for (int i = 0; i < kResults; ++i) Allocate(&kept[i], Bytes(i));
-    for (int run = 0; run < 2; ++run) {
-      for (int i = 0; i < kResults; ++i) {
-        Check(cudaMemset(Result(i), 0xFF, Bytes(i) + kGuard), "poison");
-      }
-      Check(cudaMemset(partials_, 0xFF,
-                       f_.batch * c_.all_parts() * 4 * (f_.channels + 1) * f_.hidden * 4),
-            "poison");
-      if (c_.adds) Check(cudaMemcpy(dz_, dz_in_, Bytes(0), cudaMemcpyDeviceToDevice), "dz_in");
+    const Faults faults = results_.RunTwice([&] {
+      const int64_t bytes = pairs_size_ * sizeof(T);
+      if (c_.adds) Check(cudaMemcpy(dz_, dz_in_, bytes, cudaMemcpyDeviceToDevice), "dz_in");
       Check(genie::Launch(Arguments(0), nullptr), "launch");
-      Check(cudaDeviceSynchronize(), "run");
-      for (int i = 0; i < kResults; ++i) {
-        std::vector<uint8_t> guard(kGuard);
-        Check(cudaMemcpy(guard.data(), Result(i) + Bytes(i), kGuard, cudaMemcpyDeviceToHost),
-              "guard");
-        guarded &= std::all_of(guard.begin(), guard.end(), [](uint8_t x) { return x == 0xFF; });
-        if (run == 0) Check(cudaMemcpy(kept[i], Result(i), Bytes(i), cudaMemcpyDeviceToDevice), "");
-        if (run == 1) {
-          Differ<<<1024, 256>>>(reinterpret_cast<uint16_t*>(kept[i]),
-                                reinterpret_cast<uint16_t*>(Result(i)), Bytes(i) / 2, differences);
-        }
-      }
-    }
-    unsigned long long different;
-    Check(cudaMemcpy(&different, differences, 8, cudaMemcpyDeviceToHost), "differences");
+    });
     std::string judged;
-    bool good = Judge(judged) && guarded && !different;
+    const bool good = Judge(judged) && !faults.any();
     std::printf("%s B=%-2ld I=%-4ld K=%-4ld C=%-3d Hm=%-3d parts=%-3ld adds=%d mask=%d bias=%d %s",
-                std::is_same_v<T, __half> ? "f16 " : "bf16", f_.batch, f_.rows, f_.columns,
-                f_.channels, f_.hidden, c_.all_parts(), c_.adds, int(f_.mask), f_.bias,
-                f_.float_weights ? "f32" : "16b");
-    std::printf("%s  runs differ %llu guard %s  %s\n", judged.c_str(), different,
-                guarded ? "ok" : "BROKEN", good ? "pass" : "FAIL");
+                kName<T>, f_.batch, f_.rows, f_.columns, f_.channels, f_.hidden, c_.all_parts(),
+                c_.adds, int(f_.mask), f_.bias, f_.float_weights ? "f32" : "16b");
+    std::printf("%s  NaN %llu  differ %llu  guard %llu  %s\n", judged.c_str(), faults.nan,
+                faults.differ, faults.guard, good ? "pass" : "FAIL");
     std::fflush(stdout);
     return good;
   }
 
-  // Median milliseconds of a call, over inputs and outputs that together outgrow L2.
-  float Time() {
-    constexpr int kRepeats = 15, kCalls = 8;
-    cudaEvent_t start, stop;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    std::vector<float> times;
-    for (int r = -3; r < kRepeats; ++r) {
-      cudaEventRecord(start);
-      for (int i = 0; i < kCalls; ++i) {
-        Check(genie::Launch(Arguments(i % copies_), nullptr), "launch");
-      }
-      cudaEventRecord(stop);
-      Check(cudaEventSynchronize(stop), "time");
-      float milliseconds;
-      cudaEventElapsedTime(&milliseconds, start, stop);
-      if (r >= 0) times.push_back(milliseconds / kCalls);
-    }
-    std::sort(times.begin(), times.end());
-    return times[kRepeats / 2];
+  float Time() const {
+    return MedianTime([&](int i) { Check(genie::Launch(Arguments(i % copies_), nullptr), "go"); });
   }
 
  private:
-  template <typename P>
-  void Allocate(P** to, int64_t bytes) {
-    Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");
-    allocations_.push_back(*to);
-  }
-  char* Result(int i) const {
-    return i == 0 ? reinterpret_cast<char*>(dz_) : reinterpret_cast<char*>(gradient_[i]);
-  }
-  int64_t Bytes(int i) const { return sizes_[i] * (i == 0 ? sizeof(T) : sizeof(float)); }
-
   Reference MakeReference(bool coarse) {
     Reference r = {.coarse = coarse};
-    for (double** per_pair : {&r.x, &r.unit, &r.dx, &r.dz}) Allocate(per_pair, pairs_size_ * 8);
-    for (double** per_pair : {&r.dp, &r.ds}) Allocate(per_pair, f_.pairs() * 2 * f_.hidden * 8);
+    for (double** per_pair : {&r.x, &r.unit, &r.dx, &r.dz})
+      memory_.Allocate(per_pair, pairs_size_ * 8);
+    for (double** per_pair : {&r.dp, &r.ds})
+      memory_.Allocate(per_pair, f_.pairs() * 2 * f_.hidden * 8);
     double** const results[] = {&r.d_proj,      &r.d_gate,  &r.d_proj_bias,
                                 &r.d_gate_bias, &r.d_scale, &r.d_bias};
-    for (int i = 1; i < kResults; ++i) Allocate(results[i - 1], sizes_[i] * 8);
+    for (int i = 1; i < kResults; ++i) memory_.Allocate(results[i - 1], sizes_[i] * 8);
     ReferencePairs<T><<<8192, 128>>>(r, Arguments(0), f_.mask, c_.adds ? dz_in_ : nullptr);
     ReferenceWeights<<<dim3(f_.channels + 1, (2 * f_.hidden + 127) / 128, f_.batch), 128>>>(
         r, Arguments(0).forward);
@@ -173,7 +110,7 @@ class Problem2 {
   template <typename Got>
   double Error(const Got* got, const double* want, int64_t size) {
     double *sums, host[2];
-    Allocate(&sums, 16);
+    memory_.Allocate(&sums, 16);
     Check(cudaMemset(sums, 0, 16), "sums");
     Distance<<<1024, 128>>>(got, want, size, sums);
     Check(cudaMemcpy(host, sums, 16, cudaMemcpyDeviceToHost), "sums");
@@ -205,31 +142,24 @@ class Problem2 {
   Case f_;
   int copies_;
   int64_t pairs_size_, sizes_[kResults];
+  Memory memory_;
+  Results results_;
+  std::vector<Weight<T>> weights_, vectors_;
   T *z_, *dz_, *dz_in_, *upstream_[2];
   uint8_t* mask_;
-  char* weight_[2];
-  float *vector_[4], *gradient_[kResults], *partials_;
-  std::vector<void*> allocations_;
+  float *gradient_[kResults], *partials_;
 };
-
-template <typename T>
-int CheckAll(const std::vector<BackwardCase>& cases) {
-  int failures = 0;
-  for (const BackwardCase& c : cases) failures += !Problem2<T>(c, 1).Verify();
-  return failures;
-}
 
 template <typename T>
 void TimeOne(const BackwardCase& c) {
   const Case& f = c.forward;
   const double bytes = sizeof(T) * ((2. + c.adds) * f.pairs() * f.channels + 2. * f.outputs());
   const double flops = 24. * f.pairs() * f.channels * f.hidden;
-  const int copies = std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8);
-  const float ms = Problem2<T>(c, copies).Time();
+  const float ms = BackwardProblem<T>(c, Copies(bytes)).Time();
   std::printf(
       "%s I=%-5ld K=%-5ld C=%-4d Hm=%-4d adds=%d parts=%-3ld %8.4f ms  %7.1f GB/s  %6.1f TFLOP/s\n",
-      std::is_same_v<T, __half> ? "f16 " : "bf16", f.rows, f.columns, f.channels, f.hidden, c.adds,
-      c.all_parts(), ms, bytes / ms * 1e-6, flops / ms * 1e-9);
+      kName<T>, f.rows, f.columns, f.channels, f.hidden, c.adds, c.all_parts(), ms,
+      bytes / ms * 1e-6, flops / ms * 1e-9);
   std::fflush(stdout);
 }
 
@@ -238,7 +168,8 @@ void TimeOne(const BackwardCase& c) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick") {
-    return CheckAll<__nv_bfloat16>({{{1, 9, 129, 128, 128}}, {{1, 5, 77, 128, 64}, false, 2}});
+    return Failures<BackwardProblem<__nv_bfloat16>, BackwardCase>(
+        {{{1, 9, 129, 128, 128}}, {{1, 5, 77, 128, 64}, false, 2}});
   }
   int failures = 0;
   if (mode != "time") {
@@ -254,11 +185,12 @@ int main(int argc, char** argv) {
     }
     cases.push_back({{3, 77, 65, 128, 128, Mask::kRandom, false, false}, true, 5});
     cases.push_back({{2, 1, 200, 128, 128, Mask::kRandom, true, true, 64}});
-    failures += CheckAll<__nv_bfloat16>(cases);
-    failures += CheckAll<__half>({{{1, 77, 129, 128, 128}},
-                                  {{1, 33, 200, 128, 64}, false, 3},
-                                  {{1, 33, 200, 64, 256}},
-                                  {{3, 77, 65, 128, 128, Mask::kRandom, false, false}, true, 5}});
+    failures += Failures<BackwardProblem<__nv_bfloat16>, BackwardCase>(cases);
+    failures += Failures<BackwardProblem<__half>, BackwardCase>(
+        {{{1, 77, 129, 128, 128}},
+         {{1, 33, 200, 128, 64}, false, 3},
+         {{1, 33, 200, 64, 256}},
+         {{3, 77, 65, 128, 128, Mask::kRandom, false, false}, true, 5}});
   }
   if (argc > 2) {
     const int64_t n = std::atol(argv[2]);

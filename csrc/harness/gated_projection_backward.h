@@ -175,11 +175,3 @@ __global__ void FillGradient(T* to, int64_t rows, int64_t columns, int64_t rows_
     to[i] = Round<T>(inside ? scale * Draw(seed, i) : 0.f);
   }
 }
-
-static __global__ void Differ(const uint16_t* a, const uint16_t* b, int64_t size,
-                              unsigned long long* count) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    if (a[i] != b[i]) atomicAdd(count, 1ull);
-  }
-}

@@ -81,18 +81,11 @@ __device__ inline void SumOver(float (&x)[n]) {
 // sums[2] and [3] row lane / 4 + 8, each twice.
 template <typename T>
 __device__ inline void AddRowSums(float (&sums)[4], const kittens::rt<T, 16, 16>& tile) {
-  const auto* a = reinterpret_cast<const unsigned*>(tile.tiles[0][0].data);
-  if constexpr (std::is_same_v<T, kittens::bf16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
-        " {%8, %8}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3f803f80));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7},"
-        " {%8, %8}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(0x3c003c00));
-  }
+  constexpr uint32_t ones = std::is_same_v<T, kittens::bf16> ? 0x3f803f80 : 0x3c003c00;
+  const auto& a = reinterpret_cast<const uint32_t (&)[4]>(tile.tiles[0][0].data);
+  float2 upper = {sums[0], sums[1]}, lower = {sums[2], sums[3]};
+  kittens::detail::mma_step<T>(upper, lower, a, ones, ones, upper, lower);
+  sums[0] = upper.x, sums[1] = upper.y, sums[2] = lower.x, sums[3] = lower.y;
 }
 
 // x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,
@@ -118,15 +111,6 @@ __device__ inline void LayerNorm(kittens::rt<T, 16, C>& x, kittens::rt_fl<16, C>
   warp::load(per_channel, bias);
   warp::add_col(z, z, per_channel);
   warp::copy(x, z);
-}
-
-// Tells the semaphore of block `rank` of the cluster that this thread has read what that block
-// sent. It carries nothing that this thread wrote: a release to the cluster waits for its writes to
-// L2.
-__device__ inline void ArriveAsReader(kittens::semaphore& s, int rank) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cluster.b64 _, [%0];" ::"r"(
-                   kittens::detail::remote_address(&s, rank))
-               : "memory");
 }
 
 }  // namespace genie

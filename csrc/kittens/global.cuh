@@ -59,7 +59,7 @@ inline auto tensor_map_encoder() {
 template <typename Tile, int axis>
 CUtensorMap encode(const void* pointer, uint64_t b, uint64_t d, uint64_t r, uint64_t c) {
   using T = typename Tile::T;
-  static_assert(Tile::rows <= 256 && axis >= dim::BATCH && axis <= dim::ROW);
+  static_assert(Tile::rows <= 256 && (axis == dim::DEPTH || axis == dim::ROW));
   constexpr auto type = std::is_same_v<T, bf16>   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                         : std::is_same_v<T, half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
@@ -71,12 +71,11 @@ CUtensorMap encode(const void* pointer, uint64_t b, uint64_t d, uint64_t r, uint
   const uint64_t sizes[3] = {b, d, r};
   const uint64_t strides[3] = {d * r * c * element, r * c * element, c * element};
   constexpr int inner = axis == dim::ROW ? dim::DEPTH : dim::ROW;
-  constexpr int outer = axis == dim::BATCH ? dim::DEPTH : dim::BATCH;
   if (wide && c % group != 0) throw std::runtime_error("a wide tile needs whole column groups");
   const cuuint64_t global_dim[5] = {wide ? group : c, sizes[axis], wide ? c / group : 1,
-                                    sizes[inner], sizes[outer]};
+                                    sizes[inner], sizes[dim::BATCH]};
   const cuuint64_t global_stride[4] = {strides[axis], Tile::swizzle_bytes, strides[inner],
-                                       strides[outer]};
+                                       strides[dim::BATCH]};
   const cuuint32_t box[5] = {group, Tile::rows, Tile::cols / group, 1, 1};
   const cuuint32_t element_stride[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;

@@ -20,7 +20,6 @@ struct group : detail::group_sync<N_WARPS>,
                detail::group_tma<N_WARPS>,
                detail::group_maps<N_WARPS>,
                detail::group_memory<N_WARPS>,
-               detail::group_mma<N_WARPS>,
                detail::group_wgmma<N_WARPS> {};
 
 using warp = group<1>;

@@ -47,16 +47,13 @@ __device__ inline int2 matrix_row(int lane) {
 // The address of base tile (i, j) of a 16-bit tile, given that of (0, 0): column bits below the
 // permuted ones' reach are XORed like the rest, so a lane keeps one address for all base tiles.
 template <typename Shared>
-__device__ inline uint32_t base_tile_address(const Shared& tile, uint32_t first, int2 at, int i,
-                                             int j) {
+__device__ inline uint32_t base_tile_address(uint32_t first, int i, int j) {
   using whole = typename Shared::whole;
+  static_assert((Shared::cols & (Shared::cols - 1)) == 0,
+                "or a tile's first column has other bits");
   constexpr int per_group = whole::group_cols / TILE_DIM;
-  if constexpr ((Shared::cols & (Shared::cols - 1)) == 0) {
-    const uint32_t address = first ^ (j % per_group * TILE_DIM * sizeof(typename Shared::T));
-    return address + (j / per_group * whole::rows + TILE_DIM * i) * whole::swizzle_bytes;
-  } else {
-    return tile.idx(shared_address(tile.data), {TILE_DIM * i + at.x, TILE_DIM * j + at.y});
-  }
+  const uint32_t address = first ^ (j % per_group * TILE_DIM * sizeof(typename Shared::T));
+  return address + (j / per_group * whole::rows + TILE_DIM * i) * whole::swizzle_bytes;
 }
 
 template <int N_WARPS>
@@ -68,14 +65,13 @@ struct group_memory {
     using packed = typename base_types::packing<T>::packed_type;
     static_assert(sizeof(T) == 2 && Shared::rows == N_WARPS * Tile::rows &&
                   Shared::cols == Tile::cols);
-    const int2 at = first_element<Tile>();
-    const uint32_t first = src.idx(shared_address(src.data), at);
+    const uint32_t first = src.idx(shared_address(src.data), first_element<Tile>());
 #pragma unroll
     for (int i = 0; i < Tile::height; ++i) {
 #pragma unroll
       for (int j = 0; j < Tile::width; ++j) {
         uint32_t raw[4];
-        load_matrices<!Tile::row_layout>(raw, base_tile_address(src, first, at, i, j));
+        load_matrices<!Tile::row_layout>(raw, base_tile_address<Shared>(first, i, j));
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           dst.tiles[i][j].data[k] = base_types::convertor<typename Tile::dtype, packed>::convert(
@@ -91,8 +87,7 @@ struct group_memory {
     using packed = typename base_types::packing<T>::packed_type;
     static_assert(sizeof(T) == 2 && Shared::rows == N_WARPS * Tile::rows &&
                   Shared::cols == Tile::cols);
-    const int2 at = first_element<Tile>();
-    const uint32_t first = dst.idx(shared_address(dst.data), at);
+    const uint32_t first = dst.idx(shared_address(dst.data), first_element<Tile>());
 #pragma unroll
     for (int i = 0; i < Tile::height; ++i) {
 #pragma unroll
@@ -104,7 +99,7 @@ struct group_memory {
               base_types::convertor<packed, typename Tile::dtype>::convert(src.tiles[i][j].data[k]);
           raw[k] = reinterpret_cast<const uint32_t&>(value);
         }
-        store_matrices<!Tile::row_layout>(base_tile_address(dst, first, at, i, j), raw);
+        store_matrices<!Tile::row_layout>(base_tile_address<Shared>(first, i, j), raw);
       }
     }
   }
@@ -128,7 +123,8 @@ struct group_memory {
   template <typename Tile>
   static __device__ int2 first_element() {
     const int2 at = matrix_row<Tile::row_layout>(threadIdx.x % WARP_THREADS);
-    return {threadIdx.x / WARP_THREADS % N_WARPS * Tile::rows + at.x, at.y};
+    const int warp = threadIdx.x / WARP_THREADS % N_WARPS;
+    return {warp * Tile::rows + at.x, at.y};
   }
 };
 

@@ -1,4 +1,4 @@
-// Matrix products of one warp on its registers: D = A B + C by mma.sync, 16 x 8 x 16 a step.
+// One matrix product of a warp on its registers by mma.sync: d = a b + c, 16 x 8 x 16.
 #pragma once
 
 #include "register.cuh"
@@ -6,6 +6,9 @@
 namespace kittens {
 namespace detail {
 
+// `a` is a base tile in row layout; b0 and b1 are half of one in column layout, d0 and d1 half of
+// one in row layout: data[0] and [2] of b with data[0] and [1] of d, or data[1] and [3] with [2]
+// and [3].
 template <typename T>
 __device__ inline void mma_step(float2& d0, float2& d1, const uint32_t (&a)[4], uint32_t b0,
                                 uint32_t b1, float2 c0, float2 c1) {
@@ -23,34 +26,6 @@ __device__ inline void mma_step(float2& d0, float2& d1, const uint32_t (&a)[4], 
           "f"(c1.x), "f"(c1.y));
   }
 }
-
-template <int N_WARPS>
-struct group_mma {};
-
-template <>
-struct group_mma<1> {
-  // a row layout, b column layout, float32 sums; d may be c.
-  template <typename D, typename A, typename B>
-  static __device__ void mma_AB(D& d, const A& a, const B& b, const D& c) {
-    static_assert(A::row_layout && !B::row_layout && D::row_layout && sizeof(typename D::T) == 4);
-    static_assert(D::rows == A::rows && A::cols == B::rows && D::cols == B::cols);
-#pragma unroll
-    for (int i = 0; i < D::height; ++i) {
-#pragma unroll
-      for (int j = 0; j < D::width; ++j) {
-#pragma unroll
-        for (int k = 0; k < A::width; ++k) {
-          const auto& left = reinterpret_cast<const uint32_t (&)[4]>(a.tiles[i][k].data);
-          const auto& right = reinterpret_cast<const uint32_t (&)[4]>(b.tiles[k][j].data);
-          auto& to = d.tiles[i][j].data;
-          const auto& from = (k == 0 ? c : d).tiles[i][j].data;
-          mma_step<typename A::T>(to[0], to[1], left, right[0], right[2], from[0], from[1]);
-          mma_step<typename A::T>(to[2], to[3], left, right[1], right[3], from[2], from[3]);
-        }
-      }
-    }
-  }
-};
 
 }  // namespace detail
 }  // namespace kittens

@@ -42,9 +42,6 @@ struct rv {
   __device__ const dtype* operator[](int i) const { return data[i]; }
 };
 
-template <size_t length, typename layout>
-using rv_fl = rv<float, length, layout>;
-
 template <typename T_, typename layout_>
 struct rt_base {
   using T = T_;
@@ -65,8 +62,6 @@ struct rt {
   static constexpr int rows = rows_, cols = cols_;
   static constexpr int height = rows / TILE_DIM, width = cols / TILE_DIM;
   static constexpr int packed_per_tile = 4;
-  static constexpr int num_elements = rows * cols;
-  static constexpr int elements_per_thread = num_elements / WARP_THREADS;
   using row_vec = rv<T, cols_, std::conditional_t<row_layout, align_l, ortho_l>>;
   using col_vec = rv<T, rows_, std::conditional_t<row_layout, ortho_l, align_l>>;
 
@@ -75,10 +70,6 @@ struct rt {
 
 template <int rows, int cols, typename layout = row_l>
 using rt_fl = rt<float, rows, cols, layout>;
-template <int rows, int cols, typename layout = row_l>
-using rt_bf = rt<bf16, rows, cols, layout>;
-template <int rows, int cols, typename layout = row_l>
-using rt_hf = rt<half, rows, cols, layout>;
 
 template <typename Tile>
 using row_vec = typename Tile::row_vec;

@@ -28,7 +28,6 @@ struct alignas(128) st {
   using dtype = T_;
   using whole = st;
   static constexpr int rows = rows_, cols = cols_, num_elements = rows_ * cols_;
-  static constexpr bool swizzle = swizzle_;
   static constexpr int swizzle_bytes =
       swizzle_bytes_ ? swizzle_bytes_ : detail::default_swizzle(cols_, sizeof(T));
   static constexpr int group_cols = swizzle_bytes / sizeof(T);
@@ -67,11 +66,6 @@ struct st_subtile {
     return Tile::idx(address, {at.x + offset.x, at.y + offset.y});
   }
 };
-
-template <int rows, int cols, bool swizzle = true, int swizzle_bytes = 0>
-using st_bf = st<bf16, rows, cols, swizzle, swizzle_bytes>;
-template <int rows, int cols, bool swizzle = true, int swizzle_bytes = 0>
-using st_hf = st<half, rows, cols, swizzle, swizzle_bytes>;
 
 template <typename T_, size_t length_>
 struct alignas(128) sv {

@@ -71,7 +71,6 @@ struct group_sync {
   static constexpr int GROUP_THREADS = N_WARPS * WARP_THREADS;
   static __device__ int laneid() { return threadIdx.x % GROUP_THREADS; }
   static __device__ int warpid() { return laneid() / WARP_THREADS; }
-  static __device__ int groupid() { return threadIdx.x / GROUP_THREADS; }
 
   static __device__ void sync(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(GROUP_THREADS) : "memory");

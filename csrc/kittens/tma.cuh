@@ -11,29 +11,23 @@ namespace detail {
 
 // Box origin in descriptor order; see kittens::detail::encode.
 struct origin {
-  int column, row, group, inner, outer;
+  int column, row, group, inner, batch;
 };
 
 template <int axis, typename Tile, typename Base>
 __device__ inline origin locate(const coord<Base>& at) {
   static_assert(std::is_same_v<Tile, Base>, "coordinates count the tile that moves");
-  const int index[3] = {at.b, at.d, at.r};
+  const int index[3] = {at.b, at.d, at.r};  // by dim
   constexpr int inner = axis == dim::ROW ? dim::DEPTH : dim::ROW;
-  constexpr int outer = axis == dim::BATCH ? dim::DEPTH : dim::BATCH;
   constexpr int groups = Tile::cols / Tile::group_cols;
   constexpr bool wide = groups > 1;
   return {wide ? 0 : at.c * Tile::cols, index[axis] * Tile::rows, wide ? at.c * groups : 0,
-          index[inner], index[outer]};
+          index[inner], at.b};
 }
 
-template <cache_policy policy>
-__device__ inline uint64_t l2_policy() {
+__device__ inline uint64_t evict_first() {
   uint64_t descriptor;
-  if constexpr (policy == EVICT_FIRST) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(descriptor));
-  } else {
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(descriptor));
-  }
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(descriptor));
   return descriptor;
 }
 
@@ -62,14 +56,14 @@ __device__ inline void load_async(Tile& to, const Global& from, const C& at, sem
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
         "l"(map), "r"(barrier), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner),
-        "r"(box.outer)
+        "r"(box.batch)
         : "memory");
   } else {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
         "l"(map), "r"(barrier), "r"(box.column), "r"(box.row), "r"(box.group), "r"(box.inner),
-        "r"(box.outer), "l"(detail::l2_policy<policy>())
+        "r"(box.batch), "l"(detail::evict_first())
         : "memory");
   }
 }
@@ -90,7 +84,7 @@ __device__ inline void store_async(const Global& to, const Tile& from, const C& 
       "cp.async.bulk.commit_group;" ::"l"(
           reinterpret_cast<uint64_t>(to.template get_tma<Tile, axis>())),
       "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
-      "r"(box.inner), "r"(box.outer)
+      "r"(box.inner), "r"(box.batch)
       : "memory");
 }
 template <typename Global, typename Tile, typename C = coord<Tile>>
@@ -108,7 +102,7 @@ __device__ inline void store_add_async(const Global& to, const Tile& from, const
       "cp.async.bulk.commit_group;" ::"l"(
           reinterpret_cast<uint64_t>(to.template get_tma<Tile, dim::ROW>())),
       "r"(kittens::detail::shared_address(&from)), "r"(box.column), "r"(box.row), "r"(box.group),
-      "r"(box.inner), "r"(box.outer)
+      "r"(box.inner), "r"(box.batch)
       : "memory");
 }
 

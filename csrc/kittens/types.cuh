@@ -23,39 +23,27 @@ constexpr int WARPGROUP_THREADS = WARPGROUP_WARPS * WARP_THREADS;
 constexpr int TILE_DIM = 16;                   // rows and columns of a base register tile
 constexpr int MAX_SHARED_MEMORY = 227 * 1024;  // of one block
 
-struct axis {
-  static constexpr int ROW = 0, COL = 1;
-};
 struct dim {
-  static constexpr int BATCH = 0, DEPTH = 1, ROW = 2, COL = 3;
+  static constexpr int BATCH = 0, DEPTH = 1, ROW = 2;
 };
-enum cache_policy { NORMAL, EVICT_FIRST, EVICT_LAST };
+enum cache_policy { NORMAL, EVICT_FIRST };
 
 namespace base_types {
 
-// The packed pair of an element type, and back.
+// The packed pair of an element type.
 template <typename T>
 struct packing;
 template <>
 struct packing<float> {
-  using unpacked_type = float;
   using packed_type = float2;
-  static __host__ __device__ constexpr int num() { return 1; }
-  static __device__ float2 pack(float x) { return {x, x}; }
 };
 template <>
 struct packing<bf16> {
-  using unpacked_type = bf16;
   using packed_type = bf16_2;
-  static __host__ __device__ constexpr int num() { return 1; }
-  static __device__ bf16_2 pack(bf16 x) { return {x, x}; }
 };
 template <>
 struct packing<half> {
-  using unpacked_type = half;
   using packed_type = half_2;
-  static __host__ __device__ constexpr int num() { return 1; }
-  static __device__ half_2 pack(half x) { return {x, x}; }
 };
 
 // Conversion of one element or one pair, rounding to nearest even.

@@ -28,14 +28,6 @@ Error DtypeStatus(const AnyBuffer& q, std::initializer_list<AnyBuffer> others) {
   return Error::Success();
 }
 
-Error Launched(const AttendBackward& attend, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(attend, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves heads of " + std::to_string(attend.head_dim) +
-                                " channels over " + std::to_string(attend.keys) + " keys");
-}
-
 // Without a bias, d_bias and chunk_sums have no elements. The first size of chunk_sums says how
 // many chunks of rows dbias is summed in.
 Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v,
@@ -70,32 +62,33 @@ Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBu
   if (with_bias && d_bias->element_type() != DataType::F32) {
     return Error::InvalidArgument("d_bias must be float32");
   }
-  return Launched({.q = q.untyped_data(),
-                   .k = k.untyped_data(),
-                   .v = v.untyped_data(),
-                   .bias = with_bias ? bias.untyped_data() : nullptr,
-                   .mask = MaskOrNull(mask),
-                   .o = o.untyped_data(),
-                   .lse = lse.typed_data(),
-                   .d_o = d_o.untyped_data(),
-                   .dq = dq->untyped_data(),
-                   .dk = dk->untyped_data(),
-                   .dv = dv->untyped_data(),
-                   .d_bias = with_bias ? static_cast<float*>(d_bias->untyped_data()) : nullptr,
-                   .query_rows = query_rows->typed_data(),
-                   .chunk_sums = chunk_sums->typed_data(),
-                   .dtype = q.element_type() == DataType::BF16 ? Float::kBf16 : Float::kF16,
-                   .batch = batch,
-                   .rows = rows,
-                   .queries = queries,
-                   .keys = keys,
-                   .keys_padded = padded,
-                   .heads = static_cast<int>(heads),
-                   .head_dim = static_cast<int>(head_dim),
-                   .chunks = static_cast<int>(chunks),
-                   .scale = *folded ? 1.f : kLog2E / std::sqrt(static_cast<float>(head_dim)),
-                   .bias_scale = *folded ? 1.f : kLog2E},
-                  stream);
+  return Launched<AttendBackward>(
+      {.q = q.untyped_data(),
+       .k = k.untyped_data(),
+       .v = v.untyped_data(),
+       .bias = with_bias ? bias.untyped_data() : nullptr,
+       .mask = MaskOrNull(mask),
+       .o = o.untyped_data(),
+       .lse = lse.typed_data(),
+       .d_o = d_o.untyped_data(),
+       .dq = dq->untyped_data(),
+       .dk = dk->untyped_data(),
+       .dv = dv->untyped_data(),
+       .d_bias = with_bias ? static_cast<float*>(d_bias->untyped_data()) : nullptr,
+       .query_rows = query_rows->typed_data(),
+       .chunk_sums = chunk_sums->typed_data(),
+       .dtype = q.element_type() == DataType::BF16 ? Float::kBf16 : Float::kF16,
+       .batch = batch,
+       .rows = rows,
+       .queries = queries,
+       .keys = keys,
+       .keys_padded = padded,
+       .heads = static_cast<int>(heads),
+       .head_dim = static_cast<int>(head_dim),
+       .chunks = static_cast<int>(chunks),
+       .scale = *folded ? 1.f : kLog2E / std::sqrt(static_cast<float>(head_dim)),
+       .bias_scale = *folded ? 1.f : kLog2E},
+      stream, "heads of ", head_dim, " channels over ", keys, " keys");
 }
 
 const Register<AttendBackwardHandler> backward("genie_pair_attention_bwd");

@@ -30,14 +30,6 @@ Error DtypeStatus(const AnyBuffer& q, std::initializer_list<AnyBuffer> others,
   return Error::Success();
 }
 
-Error Launched(const PairAttention& attention, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(attention, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves heads of " + std::to_string(attention.head_dim) +
-                                " channels over " + std::to_string(attention.keys) + " keys");
-}
-
 // A result lse of no element is not wanted.
 Error PairAttentionForward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                            AnyBuffer bias, AnyBuffer mask, Result<AnyBuffer> o,
@@ -61,22 +53,23 @@ Error PairAttentionForward(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBuf
     if (error.failure()) return error;
   }
   if (o->element_count() == 0) return Error::Success();
-  return Launched({.q = q.untyped_data(),
-                   .k = k.untyped_data(),
-                   .v = v.untyped_data(),
-                   .bias = with_bias ? bias.untyped_data() : nullptr,
-                   .mask = with_mask ? static_cast<const uint8_t*>(mask.untyped_data()) : nullptr,
-                   .o = o->untyped_data(),
-                   .lse = with_lse ? lse->typed_data() : nullptr,
-                   .half = q.element_type() == DataType::F16,
-                   .folded = *folded,
-                   .batch = batch,
-                   .rows = rows,
-                   .queries = queries,
-                   .keys = keys,
-                   .heads = heads,
-                   .head_dim = head_dim},
-                  stream);
+  return Launched<PairAttention>(
+      {.q = q.untyped_data(),
+       .k = k.untyped_data(),
+       .v = v.untyped_data(),
+       .bias = with_bias ? bias.untyped_data() : nullptr,
+       .mask = with_mask ? static_cast<const uint8_t*>(mask.untyped_data()) : nullptr,
+       .o = o->untyped_data(),
+       .lse = with_lse ? lse->typed_data() : nullptr,
+       .half = q.element_type() == DataType::F16,
+       .folded = *folded,
+       .batch = batch,
+       .rows = rows,
+       .queries = queries,
+       .keys = keys,
+       .heads = heads,
+       .head_dim = head_dim},
+      stream, "heads of ", head_dim, " channels over ", keys, " keys");
 }
 
 const Register<PairAttentionForward> forward("genie_pair_attention_fwd");

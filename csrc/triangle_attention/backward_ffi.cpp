@@ -14,15 +14,6 @@ using Ending = Attr<bool, kEnding>;
 using BiasAsZ = Attr<bool, kBiasAsZ>;
 using Epsilon = Attr<float, kEpsilon>;
 
-template <class Backward>
-Error Launched(const Backward& backward, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(backward, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no backward kernel serves " + std::to_string(backward.channels) +
-                                " channels and these heads");
-}
-
 // The sizes that all three read off z and [.., H, D].
 struct Sizes {
   int64_t batch, rows, columns, channels, i, j, heads, width, queries, keys_padded;
@@ -71,7 +62,7 @@ Error OutputBackward(cudaStream_t stream, AnyBuffer o, AnyBuffer z, Optional<PRE
   p.batch = s.batch, p.rows = s.rows, p.columns = s.columns, p.parts = parts;
   p.channels = static_cast<int>(s.channels), p.hidden = static_cast<int>(hidden);
   p.ending = *ending, p.epsilon = *epsilon;
-  return Launched(p, stream);
+  return Launched(p, stream, s.channels, " channels and ", s.heads, " heads of ", s.width);
 }
 
 // What the two kernels that take the gradients of all projections have in common.
@@ -128,7 +119,7 @@ Error ProjectionBackward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mas
   p.kernel[2] = v_kernel.untyped_data(), p.kernel[3] = gate_kernel.untyped_data();
   p.kernel_dtype = FloatOf(q_kernel.element_type());
   p.ending = *ending, p.bias_as_z = *bias_as_z, p.epsilon = *epsilon;
-  return Launched(p, stream);
+  return Launched(p, stream, s.channels, " channels and ", s.heads, " heads of ", s.width);
 }
 
 Error WeightsBackward(cudaStream_t stream, AnyBuffer z, Floats<4> statistics, AnyBuffer dq,
@@ -157,7 +148,7 @@ Error WeightsBackward(cudaStream_t stream, AnyBuffer z, Floats<4> statistics, An
   p.bias_kernel_sums = bias_kernel_sums->typed_data(), p.bias_sums = bias_sums->typed_data();
   p.statistics = reinterpret_cast<const float2*>(statistics.typed_data());
   p.parts = parts, p.ending = *ending, p.bias_as_z = *bias_as_z;
-  return Launched(p, stream);
+  return Launched(p, stream, s.channels, " channels and ", s.heads, " heads of ", s.width);
 }
 
 const Register<OutputBackward> output("genie_attention_output_bwd");

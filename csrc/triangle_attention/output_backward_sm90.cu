@@ -248,16 +248,13 @@ cudaError_t LaunchFor(const AttentionOutputBackward& p, cudaStream_t stream) {
   if (tiles >= int64_t{1} << 30 || p.batch * p.parts >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  const auto typed = [](const void* pointer) {
-    return static_cast<T*>(const_cast<void*>(pointer));
-  };
   try {
     const Globals<T, C, HD> globals = {
-        .z = {typed(p.z), batch, z_rows, z_columns, nullptr},
-        .d_out = {typed(p.d_out), batch, z_rows, z_columns, nullptr},
-        .o = {typed(p.o), nullptr, batch * rows, columns, nullptr},
-        .d_o = {typed(p.d_o), nullptr, batch * rows, columns, nullptr},
-        .d_gate = {typed(p.d_gate), nullptr, batch * rows, columns, nullptr},
+        .z = {Data<T>(p.z), batch, z_rows, z_columns, nullptr},
+        .d_out = {Data<T>(p.d_out), batch, z_rows, z_columns, nullptr},
+        .o = {Data<T>(p.o), nullptr, batch * rows, columns, nullptr},
+        .d_o = {Data<T>(p.d_o), nullptr, batch * rows, columns, nullptr},
+        .d_gate = {Data<T>(p.d_gate), nullptr, batch * rows, columns, nullptr},
         .given = p,
         .tiles = static_cast<int>(tiles),
         .rows = static_cast<int>(rows),
@@ -272,9 +269,8 @@ cudaError_t LaunchFor(const AttentionOutputBackward& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const AttentionOutputBackward& p, cudaStream_t stream) {
-  if (p.channels == 64 && p.hidden == 64) return LaunchFor<T, 64, 64>(p, stream);
-  if (p.channels == 128 && p.hidden == 128) return LaunchFor<T, 128, 128>(p, stream);
-  return cudaErrorInvalidValue;
+  if (p.channels != p.hidden) return cudaErrorInvalidValue;
+  return ForSize<64, 128>(p.channels, [&](auto c) { return LaunchFor<T, c, c>(p, stream); });
 }
 
 }  // namespace

@@ -12,15 +12,6 @@ using Ending = Attr<bool, kEnding>;
 using Residual = Attr<bool, kResidual>;
 using Epsilon = Attr<float, kEpsilon>;
 
-Error Launched(const AttentionOutput& output, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(output, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(output.channels) +
-                                " channels and heads of " + std::to_string(output.hidden) +
-                                " in all");
-}
-
 Error AttentionOutputForward(cudaStream_t stream, AnyBuffer o, AnyBuffer z, Optional<PRED, 3> mask,
                              Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
                              AnyBuffer gate_kernel, AnyBuffer out_kernel,
@@ -47,27 +38,28 @@ Error AttentionOutputForward(cudaStream_t stream, AnyBuffer o, AnyBuffer z, Opti
     if (error.failure()) return error;
   }
   if (z.element_count() == 0) return Error::Success();
-  return Launched({.o = o.untyped_data(),
-                   .z = z.untyped_data(),
-                   .mask = MaskOrNull(mask),
-                   .out = out->untyped_data(),
-                   .dtype = FloatOf(z.element_type()),
-                   .norm_scale = norm_scale.typed_data(),
-                   .norm_bias = norm_bias.typed_data(),
-                   .gate_kernel = gate_kernel.untyped_data(),
-                   .out_kernel = out_kernel.untyped_data(),
-                   .kernel_dtype = FloatOf(gate_kernel.element_type()),
-                   .gate_bias = DataOrNull(gate_bias),
-                   .out_bias = DataOrNull(out_bias),
-                   .batch = batch,
-                   .rows = rows,
-                   .columns = columns,
-                   .channels = static_cast<int>(channels),
-                   .hidden = static_cast<int>(heads * head_width),
-                   .ending = *ending,
-                   .residual = *residual,
-                   .epsilon = *epsilon},
-                  stream);
+  return Launched<AttentionOutput>({.o = o.untyped_data(),
+                                    .z = z.untyped_data(),
+                                    .mask = MaskOrNull(mask),
+                                    .out = out->untyped_data(),
+                                    .dtype = FloatOf(z.element_type()),
+                                    .norm_scale = norm_scale.typed_data(),
+                                    .norm_bias = norm_bias.typed_data(),
+                                    .gate_kernel = gate_kernel.untyped_data(),
+                                    .out_kernel = out_kernel.untyped_data(),
+                                    .kernel_dtype = FloatOf(gate_kernel.element_type()),
+                                    .gate_bias = DataOrNull(gate_bias),
+                                    .out_bias = DataOrNull(out_bias),
+                                    .batch = batch,
+                                    .rows = rows,
+                                    .columns = columns,
+                                    .channels = static_cast<int>(channels),
+                                    .hidden = static_cast<int>(heads * head_width),
+                                    .ending = *ending,
+                                    .residual = *residual,
+                                    .epsilon = *epsilon},
+                                   stream, channels, " channels and heads of ", heads * head_width,
+                                   " in all");
 }
 
 const Register<AttentionOutputForward> forward("genie_attention_output_fwd");

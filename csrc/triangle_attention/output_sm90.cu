@@ -122,18 +122,6 @@ __device__ void Gate(rt<T, 16, kHidden>& gated, rt_fl<16, kHidden>& gate, rt_fl<
   warp::copy(gated, gate);
 }
 
-// Adds to `update` what the block holds of z, garbage read as zero.
-template <typename T, int width, typename Block>
-__device__ void AddPairs(rt_fl<16, width>& update, const Block& block, const bool (&garbage)[2]) {
-  rt<T, 16, width> z;
-  rt_fl<16, width> wide;
-  const unsigned keep[2] = {!garbage[0], !garbage[1]};
-  warp::load(z, block);
-  KeepRows(z, keep);
-  warp::copy(wide, z);
-  warp::add(update, update, wide);
-}
-
 template <typename T, int C, typename S = Shape<T, C>>
 __global__ __launch_bounds__(S::kThreads, 1) void Output(const __grid_constant__ Globals<T, C> g) {
   extern __shared__ alignment_dummy __shm[];
@@ -262,13 +250,10 @@ cudaError_t LaunchFor(const AttentionOutput& p, cudaStream_t stream) {
   const size_t attended_rows = p.ending ? columns : rows, positions = p.ending ? rows : columns;
   const int64_t column_tiles = (columns + kPairs - 1) / kPairs, tiles = batch * rows * column_tiles;
   if (tiles >= int64_t{1} << 30) return cudaErrorInvalidValue;
-  const auto typed = [](const void* pointer) {
-    return static_cast<T*>(const_cast<void*>(pointer));
-  };
   try {
-    const Globals<T, C> globals = {.z = {typed(p.z), nullptr, batch * rows, columns, nullptr},
-                                   .out = {typed(p.out), nullptr, batch * rows, columns, nullptr},
-                                   .o = {typed(p.o), batch, attended_rows, positions, hidden},
+    const Globals<T, C> globals = {.z = {Data<T>(p.z), nullptr, batch * rows, columns, nullptr},
+                                   .out = {Data<T>(p.out), nullptr, batch * rows, columns, nullptr},
+                                   .o = {Data<T>(p.o), batch, attended_rows, positions, hidden},
                                    .given = p,
                                    .tiles = static_cast<int>(tiles),
                                    .column_tiles = static_cast<int>(column_tiles),
@@ -283,10 +268,7 @@ cudaError_t LaunchFor(const AttentionOutput& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const AttentionOutput& p, cudaStream_t stream) {
-  if (p.channels == 64) return LaunchFor<T, 64>(p, stream);
-  if (p.channels == 128) return LaunchFor<T, 128>(p, stream);
-  if (p.channels == 256) return LaunchFor<T, 256>(p, stream);
-  return cudaErrorInvalidValue;
+  return ForSize<64, 128, 256>(p.channels, [&](auto c) { return LaunchFor<T, c>(p, stream); });
 }
 
 }  // namespace

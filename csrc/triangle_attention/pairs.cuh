@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kittens/extensions.cuh"
+#include "resident.cuh"
 
 namespace genie {
 
@@ -42,35 +43,7 @@ __device__ inline bool IsValid(const uint8_t* mask, bool ending, int batch, int6
   return mask[(batch * rows + z_row) * columns + z_column] != 0;
 }
 
-// Fills `count` tiles by all threads: tile n with `factor` times the block of a kernel that
-// source(n) points to and whose rows are `stride` apart.
-template <int kThreads, typename Weight, typename Source>
-__device__ void FillWeights(Weight* tiles, int count, int stride, float factor, Source&& source) {
-  using namespace kittens;
-  using T = typename Weight::T;
-  using Stored = std::remove_const_t<std::remove_pointer_t<decltype(source(0))>>;
-  constexpr int kVector = 8;  // elements of a 16-byte chunk of a tile's row
-  constexpr int kVectors = Weight::num_elements / kVector, kRowVectors = Weight::cols / kVector;
-  constexpr int kLoads = kVector * sizeof(Stored) / sizeof(uint4);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count * kVectors; i += kThreads) {
-    const int n = i / kVectors, row = i % kVectors / kRowVectors;
-    const int column = i % kRowVectors * kVector;
-    const Stored* from = source(n) + row * stride + column;
-    uint4 raw[kLoads], packed;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const float x =
-          base_types::convertor<float, Stored>::convert(reinterpret_cast<const Stored*>(raw)[j]);
-      reinterpret_cast<T*>(&packed)[j] = base_types::convertor<T, float>::convert(factor * x);
-    }
-    *reinterpret_cast<uint4*>(&tiles[n][{row, column}]) = packed;
-  }
-}
-
-// The same for the bias' [C, heads] kernel; columns past the heads are zero.
+// Fills a tile with `factor` times the bias' [C, heads] kernel; columns past the heads are zero.
 template <int kThreads, typename Weight, typename Stored>
 __device__ void FillBiasWeight(Weight& tile, const Stored* kernel, int heads, float factor) {
   using namespace kittens;
@@ -151,6 +124,20 @@ __device__ void ReplaceGarbage(kittens::rt<T, 16, C>& x,
   }
 }
 
+// Adds to `update` what the block holds of z, garbage read as zero.
+template <typename T, int width, typename Block>
+__device__ void AddPairs(kittens::rt_fl<16, width>& update, const Block& block,
+                         const bool (&garbage)[2]) {
+  using namespace kittens;
+  rt<T, 16, width> z;
+  rt_fl<16, width> wide;
+  const unsigned keep[2] = {!garbage[0], !garbage[1]};
+  warp::load(z, block);
+  KeepRows(z, keep);
+  warp::copy(wide, z);
+  warp::add(update, update, wide);
+}
+
 // z becomes its LayerNorm before scale and bias, (z - mean) inverse_deviation.
 template <int C, typename Vector>
 __device__ void Normalise(kittens::rt_fl<16, C>& z, Vector& mean, Vector& inverse_deviation,
@@ -166,6 +153,48 @@ __device__ void Normalise(kittens::rt_fl<16, C>& z, Vector& mean, Vector& invers
   inverse_deviation =
       warp::apply(variance, [&](int, float sum) { return rsqrtf(sum * (1.f / C) + epsilon); });
   warp::mul_row(z, z, inverse_deviation);
+}
+
+// The same from its statistics: y = z statistics.x + statistics.y, row by row.
+template <typename T, int C>
+__device__ void Normalise(kittens::rt<T, 16, C>& y, kittens::rt_fl<16, C>& z,
+                          const float2 (&statistics)[2]) {
+  using namespace kittens;
+  const unsigned keep[2] = {statistics[0].x != 0, statistics[1].x != 0};
+#pragma unroll
+  for (int j = 0; j < C / TILE_DIM; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const auto [factor, offset] = statistics[k % 2];
+      float2& pair = z.tiles[0][j].data[k];
+      pair = {fmaf(pair.x, factor, offset), fmaf(pair.y, factor, offset)};
+    }
+  }
+  warp::copy(y, z);
+  KeepRows(y, keep);
+}
+
+// dx becomes dz, given y = LayerNorm(z) before scale and bias and the deviation's inverse.
+template <int C>
+__device__ void DifferentiateNorm(
+    kittens::rt_fl<16, C>& dx, kittens::rt_fl<16, C>& y,
+    const std::type_identity_t<kittens::sv_fl<C>>& norm_scale,
+    const kittens::col_vec<kittens::rt_fl<16, C>>& inverse_deviation) {
+  using namespace kittens;
+  row_vec<rt_fl<16, C>> scale;
+  col_vec<rt_fl<16, C>> mean, along;
+  rt_fl<16, C> product;
+  warp::load(scale, norm_scale);
+  warp::mul_col(dx, dx, scale);
+  warp::row_sum(mean, dx);
+  warp::mul(mean, mean, 1.f / C);
+  warp::mul(product, dx, y);
+  warp::row_sum(along, product);
+  warp::mul(along, along, 1.f / C);
+  warp::sub_row(dx, dx, mean);
+  warp::mul_row(y, y, along);
+  warp::bin_map<base_ops::sub>(dx, dx, y);
+  warp::mul_row(dx, dx, inverse_deviation);
 }
 
 // Which of this lane's pairs are garbage under the mask, given what Normalise made of them.
@@ -231,17 +260,6 @@ __device__ void WriteRows(float* to, const kittens::rt_fl<16, cols>& tile, int s
       *reinterpret_cast<float2*>(&to[row * stride + column]) = tile.tiles[0][j].data[k];
     }
   }
-}
-
-// Lets `kernel` use `shared` bytes and counts the device's processors.
-template <typename Kernel>
-cudaError_t Prepare(Kernel kernel, int shared, int* processors) {
-  int device;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 }
 
 }  // namespace genie

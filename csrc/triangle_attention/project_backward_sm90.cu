@@ -72,27 +72,6 @@ __device__ void FillParameters(typename S::Shared& shared, const Globals<T, C, H
   FenceAsyncProxy();
 }
 
-// dx becomes dz, given y = LayerNorm(z) before scale and bias and the deviation's inverse.
-template <int C>
-__device__ void DifferentiateNorm(rt_fl<16, C>& dx, rt_fl<16, C>& y,
-                                  const std::type_identity_t<sv_fl<C>>& norm_scale,
-                                  const col_vec<rt_fl<16, C>>& inverse_deviation) {
-  row_vec<rt_fl<16, C>> scale;
-  col_vec<rt_fl<16, C>> mean, along;
-  rt_fl<16, C> product;
-  warp::load(scale, norm_scale);
-  warp::mul_col(dx, dx, scale);
-  warp::row_sum(mean, dx);
-  warp::mul(mean, mean, 1.f / C);
-  warp::mul(product, dx, y);
-  warp::row_sum(along, product);
-  warp::mul(along, along, 1.f / C);
-  warp::sub_row(dx, dx, mean);
-  warp::mul_row(y, y, along);
-  warp::bin_map<base_ops::sub>(dx, dx, y);
-  warp::mul_row(dx, dx, inverse_deviation);
-}
-
 template <typename T, int C, int HD>
 __device__ void WriteStatistics(const Globals<T, C, HD>& g, const Place& at, float2 mean,
                                 float2 inverse_deviation, const bool (&garbage)[2]) {
@@ -271,16 +250,11 @@ cudaError_t LaunchFor(const AttentionProjectionBackward& p, cudaStream_t stream)
   const int64_t column_tiles = (columns + kTilePairs - 1) / kTilePairs;
   const int64_t tiles = batch * rows * column_tiles;
   if (tiles >= int64_t{1} << 30) return cudaErrorInvalidValue;
-  const auto typed = [](const void* pointer) {
-    return static_cast<T*>(const_cast<void*>(pointer));
-  };
-  using Hidden = typename Globals<T, C, HD>::Hidden;
-  using Pairs = typename Globals<T, C, HD>::Pairs;
   const auto hidden = [&](const void* d) {
-    return Hidden(typed(d), nullptr, batch * rows, columns, nullptr);
+    return typename Globals<T, C, HD>::Hidden(Data<T>(d), nullptr, batch * rows, columns, nullptr);
   };
   const auto pairs = [&](const void* z) {
-    return Pairs(typed(z), batch, z_rows, z_columns, nullptr);
+    return typename Globals<T, C, HD>::Pairs(Data<T>(z), batch, z_rows, z_columns, nullptr);
   };
   try {
     const Globals<T, C, HD> globals = {
@@ -303,10 +277,8 @@ cudaError_t LaunchFor(const AttentionProjectionBackward& p, cudaStream_t stream)
 
 template <typename T>
 cudaError_t LaunchFor(const AttentionProjectionBackward& p, cudaStream_t stream) {
-  const int hidden = p.heads * p.head_width;
-  if (p.channels == 64 && hidden == 64) return LaunchFor<T, 64, 64>(p, stream);
-  if (p.channels == 128 && hidden == 128) return LaunchFor<T, 128, 128>(p, stream);
-  return cudaErrorInvalidValue;
+  if (p.channels != p.heads * p.head_width) return cudaErrorInvalidValue;
+  return ForSize<64, 128>(p.channels, [&](auto c) { return LaunchFor<T, c, c>(p, stream); });
 }
 
 }  // namespace

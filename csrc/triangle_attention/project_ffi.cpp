@@ -12,15 +12,6 @@ using Ending = Attr<bool, kEnding>;
 using BiasAsZ = Attr<bool, kBiasAsZ>;
 using Epsilon = Attr<float, kEpsilon>;
 
-Error Launched(const AttentionProjection& projection, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(projection, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(projection.channels) +
-                                " channels and " + std::to_string(projection.heads) + " heads of " +
-                                std::to_string(projection.head_width));
-}
-
 Error AttentionProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask,
                                  Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
                                  AnyBuffer q_kernel, AnyBuffer k_kernel, AnyBuffer v_kernel,
@@ -47,30 +38,31 @@ Error AttentionProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED
     if (error.failure()) return error;
   }
   if (z.element_count() == 0) return Error::Success();
-  return Launched({.z = z.untyped_data(),
-                   .mask = MaskOrNull(mask),
-                   .q = q->untyped_data(),
-                   .k = k->untyped_data(),
-                   .v = v->untyped_data(),
-                   .bias = bias->untyped_data(),
-                   .dtype = FloatOf(z.element_type()),
-                   .norm_scale = norm_scale.typed_data(),
-                   .norm_bias = norm_bias.typed_data(),
-                   .q_kernel = q_kernel.untyped_data(),
-                   .k_kernel = k_kernel.untyped_data(),
-                   .v_kernel = v_kernel.untyped_data(),
-                   .bias_kernel = bias_kernel.untyped_data(),
-                   .kernel_dtype = FloatOf(q_kernel.element_type()),
-                   .batch = batch,
-                   .rows = rows,
-                   .columns = columns,
-                   .channels = static_cast<int>(channels),
-                   .heads = static_cast<int>(heads),
-                   .head_width = static_cast<int>(head_width),
-                   .ending = *ending,
-                   .bias_as_z = *bias_as_z,
-                   .epsilon = *epsilon},
-                  stream);
+  return Launched<AttentionProjection>({.z = z.untyped_data(),
+                                        .mask = MaskOrNull(mask),
+                                        .q = q->untyped_data(),
+                                        .k = k->untyped_data(),
+                                        .v = v->untyped_data(),
+                                        .bias = bias->untyped_data(),
+                                        .dtype = FloatOf(z.element_type()),
+                                        .norm_scale = norm_scale.typed_data(),
+                                        .norm_bias = norm_bias.typed_data(),
+                                        .q_kernel = q_kernel.untyped_data(),
+                                        .k_kernel = k_kernel.untyped_data(),
+                                        .v_kernel = v_kernel.untyped_data(),
+                                        .bias_kernel = bias_kernel.untyped_data(),
+                                        .kernel_dtype = FloatOf(q_kernel.element_type()),
+                                        .batch = batch,
+                                        .rows = rows,
+                                        .columns = columns,
+                                        .channels = static_cast<int>(channels),
+                                        .heads = static_cast<int>(heads),
+                                        .head_width = static_cast<int>(head_width),
+                                        .ending = *ending,
+                                        .bias_as_z = *bias_as_z,
+                                        .epsilon = *epsilon},
+                                       stream, channels, " channels and ", heads, " heads of ",
+                                       head_width);
 }
 
 const Register<AttentionProjectionForward> forward("genie_attention_project_fwd");

@@ -11,7 +11,7 @@
 #include <stdexcept>
 
 #include "kittens.cuh"
-#include "triangle_attention/pairs.cuh"
+#include "triangle_attention/project_bias.cuh"
 #include "triangle_attention/project_sm90.h"
 
 namespace genie {
@@ -81,43 +81,9 @@ __device__ void FillParameters(typename Shape<T, C>::Shared& shared, const Globa
   });
   FillBiasWeight<kThreads>(shared.bias_weight, static_cast<const Stored*>(given.bias_kernel),
                            given.heads, 1.f);
-  for (int i = threadIdx.x; i < C; i += kThreads) {
-    shared.norm_scale[i] = given.norm_scale[i];
-    shared.norm_bias[i] = given.norm_bias[i];
-  }
+  FillVector<kThreads>(shared.norm_scale, given.norm_scale);
+  FillVector<kThreads>(shared.norm_bias, given.norm_bias);
   FenceAsyncProxy();
-}
-
-// Stages the transposed bias of a tile for one store of rows of keys; pads are zero.
-template <typename Staged, typename T>
-__device__ void StageBias(Staged& staged, rt<T, 16, kHeads>& bias, const Place& at, int columns) {
-  const unsigned keep[2] = {at.position(0) < columns, at.position(1) < columns};
-  KeepRows(bias, keep);
-  auto block = staged.template subtile<kHeads, 16>({0, warpgroup::warpid()});
-  warp::store(block, Transposed(bias));
-}
-
-// Writes the bias of a tile whose pairs share a key, each to its query's row. Neighbouring blocks
-// write neighbouring keys at about the same time, so L2 joins them. The last key writes the pads.
-template <typename T, int C>
-__device__ void ScatterBias(const Globals<T, C>& g, const rt<T, 16, kHeads>& bias,
-                            const Place& at) {
-  const int64_t padded = BiasColumns(g.rows);
-  const int pads = at.row == g.rows - 1 ? padded - g.rows : 0;
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int head = 8 * (k / 2) + 2 * (laneid() % 4), query = at.position(k % 2);
-    const auto pair = bias.tiles[0][0].data[k];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (head + e >= g.given.heads || query >= g.columns) continue;
-      T* to = static_cast<T*>(g.given.bias) +
-              ((int64_t{at.batch} * g.given.heads + head + e) * g.columns + query) * padded +
-              at.row;
-      *to = e ? pair.y : pair.x;
-      for (int pad = 1; pad <= pads; ++pad) to[pad] = base_types::convertor<T, float>::convert(0);
-    }
-  }
 }
 
 template <typename T, int C, typename S = Shape<T, C>>
@@ -262,7 +228,7 @@ cudaError_t LaunchFor(const AttentionProjection& p, cudaStream_t stream) {
   const size_t z_rows = p.rows, z_columns = p.columns, bias_columns = BiasColumns(keys);
   try {
     const Globals<T, C> globals = {
-        .z = {static_cast<T*>(const_cast<void*>(p.z)), batch, z_rows, z_columns, nullptr},
+        .z = {Data<T>(p.z), batch, z_rows, z_columns, nullptr},
         .q = attended(p.q),
         .k = attended(p.k),
         .v = attended(p.v),
@@ -284,10 +250,7 @@ cudaError_t LaunchFor(const AttentionProjection& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const AttentionProjection& p, cudaStream_t stream) {
-  if (p.channels == 64) return LaunchFor<T, 64>(p, stream);
-  if (p.channels == 128) return LaunchFor<T, 128>(p, stream);
-  if (p.channels == 256) return LaunchFor<T, 256>(p, stream);
-  return cudaErrorInvalidValue;
+  return ForSize<64, 128, 256>(p.channels, [&](auto c) { return LaunchFor<T, c>(p, stream); });
 }
 
 }  // namespace

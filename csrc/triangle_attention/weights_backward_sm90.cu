@@ -119,23 +119,6 @@ struct Ahead {
   }
 };
 
-// y = z statistics.x + statistics.y, row by row.
-template <typename T, int C>
-__device__ void Normalise(rt<T, 16, C>& y, rt_fl<16, C>& z, const float2 (&statistics)[2]) {
-  const unsigned keep[2] = {statistics[0].x != 0, statistics[1].x != 0};
-#pragma unroll
-  for (int j = 0; j < C / TILE_DIM; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const auto [factor, offset] = statistics[k % 2];
-      float2& pair = z.tiles[0][j].data[k];
-      pair = {fmaf(pair.x, factor, offset), fmaf(pair.y, factor, offset)};
-    }
-  }
-  warp::copy(y, z);
-  KeepRows(y, keep);
-}
-
 // Overwrites z by y in every stage, and, with the bias, sums what its kernel's gradient needs.
 template <bool with_bias, typename T, int C, int HD, typename FindPlace,
           typename S = Shape<T, C, HD>>
@@ -263,15 +246,12 @@ cudaError_t LaunchFor(const AttentionWeightsBackward& p, cudaStream_t stream) {
   if (tiles >= int64_t{1} << 30 || kKinds * p.batch * p.parts >= int64_t{1} << 31) {
     return cudaErrorInvalidValue;
   }
-  const auto typed = [](const void* pointer) {
-    return static_cast<T*>(const_cast<void*>(pointer));
-  };
   const auto hidden = [&](const void* d) {
-    return typename Globals<T, C, HD>::Hidden(typed(d), nullptr, batch * rows, columns, nullptr);
+    return typename Globals<T, C, HD>::Hidden(Data<T>(d), nullptr, batch * rows, columns, nullptr);
   };
   try {
     const Globals<T, C, HD> globals = {
-        .z = {typed(p.z), batch, z_rows, z_columns, nullptr},
+        .z = {Data<T>(p.z), batch, z_rows, z_columns, nullptr},
         .d = {hidden(p.d[0]), hidden(p.d[1]), hidden(p.d[2]), hidden(p.d[3])},
         .given = p,
         .tiles = static_cast<int>(tiles),
@@ -287,10 +267,8 @@ cudaError_t LaunchFor(const AttentionWeightsBackward& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const AttentionWeightsBackward& p, cudaStream_t stream) {
-  const int hidden = p.heads * p.head_width;
-  if (p.channels == 64 && hidden == 64) return LaunchFor<T, 64, 64>(p, stream);
-  if (p.channels == 128 && hidden == 128) return LaunchFor<T, 128, 128>(p, stream);
-  return cudaErrorInvalidValue;
+  if (p.channels != p.heads * p.head_width) return cudaErrorInvalidValue;
+  return ForSize<64, 128>(p.channels, [&](auto c) { return LaunchFor<T, c, c>(p, stream); });
 }
 
 }  // namespace

@@ -66,13 +66,6 @@ Error FindLiveBlocks(Operands& operands, const AnyBuffer& a, const AnyBuffer& b,
   return summarise(b, b_mask, &operands.edges.b_live);
 }
 
-Error Launched(const Contraction& contraction, cudaStream_t stream) {
-  const cudaError_t status = Launch(contraction, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument(
-      "no kernel serves these shapes and dtypes: rows must be multiples of 8 long");
-}
-
 Error ContractForward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, Mask a_mask, Mask b_mask,
                       Result<AnyBuffer> t, LiveResult live, Incoming incoming) {
   Operands operands = Read(a, b, *incoming);
@@ -83,12 +76,12 @@ Error ContractForward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, Mask a_mask
   if (error = DeviceStatus(); error.failure()) return error;
   error = FindLiveBlocks(operands, a, b, a_mask, b_mask, live, stream);
   if (error.failure()) return error;
-  return Launched({.products = {Forward(edges, t->untyped_data())},
-                   .batch = operands.batch,
-                   .channels = operands.channels,
-                   .dtype = FloatOf(a.element_type()),
-                   .out_dtype = FloatOf(t->element_type())},
-                  stream);
+  return Launched<Contraction>({.products = {Forward(edges, t->untyped_data())},
+                                .batch = operands.batch,
+                                .channels = operands.channels,
+                                .dtype = FloatOf(a.element_type()),
+                                .out_dtype = FloatOf(t->element_type())},
+                               stream, "these shapes and dtypes: rows must be multiples of 8 long");
 }
 
 Error ContractBackward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer dt, Mask a_mask,
@@ -115,13 +108,13 @@ Error ContractBackward(cudaStream_t stream, AnyBuffer a, AnyBuffer b, AnyBuffer 
   Error error = FindLiveBlocks(operands, a, b, a_mask, b_mask, live, stream);
   if (error.failure()) return error;
   const void* gradient = dt.untyped_data();
-  return Launched({.products = {GradientOfA(edges, gradient, da->untyped_data()),
-                                GradientOfB(edges, gradient, db->untyped_data())},
-                   .batch = operands.batch,
-                   .channels = operands.channels,
-                   .dtype = FloatOf(a.element_type()),
-                   .out_dtype = FloatOf(da->element_type())},
-                  stream);
+  return Launched<Contraction>({.products = {GradientOfA(edges, gradient, da->untyped_data()),
+                                             GradientOfB(edges, gradient, db->untyped_data())},
+                                .batch = operands.batch,
+                                .channels = operands.channels,
+                                .dtype = FloatOf(a.element_type()),
+                                .out_dtype = FloatOf(da->element_type())},
+                               stream, "these shapes and dtypes: rows must be multiples of 8 long");
 }
 
 const Register<ContractForward> forward("genie_contract_fwd");

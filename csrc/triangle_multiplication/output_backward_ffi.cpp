@@ -11,14 +11,6 @@ using xla::ffi::PRED;
 template <size_t rank>
 using Gradient = Result<Buffer<F32, rank>>;
 
-Error Launched(const GatedOutputBackward& given, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(given, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(given.of.channels) +
-                                " channels and " + std::to_string(given.of.hidden) + " hidden");
-}
-
 // Gradients of absent biases are written too, and dropped by the caller.
 Error GatedOutputBackwardHandler(
     cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional<PRED, 3> mask, AnyBuffer d_out,
@@ -55,43 +47,43 @@ Error GatedOutputBackwardHandler(
     if (error.failure()) return error;
   }
   if (batch == 0) return Error::Success();
-  return Launched({.of = {.z = z.untyped_data(),
-                          .t = t.untyped_data(),
-                          .mask = MaskOrNull(mask),
-                          .out = nullptr,
-                          .dtype = FloatOf(z.element_type()),
-                          .norm_in_scale = norm_in_scale.typed_data(),
-                          .norm_in_bias = norm_in_bias.typed_data(),
-                          .norm_out_scale = norm_out_scale.typed_data(),
-                          .norm_out_bias = norm_out_bias.typed_data(),
-                          .proj_kernel = proj_kernel.untyped_data(),
-                          .gate_kernel = gate_kernel.untyped_data(),
-                          .kernel_dtype = FloatOf(proj_kernel.element_type()),
-                          .proj_bias = DataOrNull(proj_bias),
-                          .gate_bias = DataOrNull(gate_bias),
-                          .batch = batch,
-                          .rows = rows,
-                          .columns = columns,
-                          .rows_padded = Padded(rows),
-                          .columns_padded = Padded(columns),
-                          .channels = static_cast<int>(channels),
-                          .hidden = static_cast<int>(hidden),
-                          .residual = *residual,
-                          .epsilon = *epsilon},
-                   .d_out = d_out.untyped_data(),
-                   .dz = dz->untyped_data(),
-                   .dt = dt->untyped_data(),
-                   .partials = partials->typed_data(),
-                   .blocks = static_cast<int>(blocks),
-                   .d_norm_in_scale = d_norm_in_scale->typed_data(),
-                   .d_norm_in_bias = d_norm_in_bias->typed_data(),
-                   .d_norm_out_scale = d_norm_out_scale->typed_data(),
-                   .d_norm_out_bias = d_norm_out_bias->typed_data(),
-                   .d_proj_kernel = d_proj_kernel->typed_data(),
-                   .d_gate_kernel = d_gate_kernel->typed_data(),
-                   .d_proj_bias = d_proj_bias->typed_data(),
-                   .d_gate_bias = d_gate_bias->typed_data()},
-                  stream);
+  return Launched<GatedOutputBackward>({.of = {.z = z.untyped_data(),
+                                               .t = t.untyped_data(),
+                                               .mask = MaskOrNull(mask),
+                                               .out = nullptr,
+                                               .dtype = FloatOf(z.element_type()),
+                                               .norm_in_scale = norm_in_scale.typed_data(),
+                                               .norm_in_bias = norm_in_bias.typed_data(),
+                                               .norm_out_scale = norm_out_scale.typed_data(),
+                                               .norm_out_bias = norm_out_bias.typed_data(),
+                                               .proj_kernel = proj_kernel.untyped_data(),
+                                               .gate_kernel = gate_kernel.untyped_data(),
+                                               .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                                               .proj_bias = DataOrNull(proj_bias),
+                                               .gate_bias = DataOrNull(gate_bias),
+                                               .batch = batch,
+                                               .rows = rows,
+                                               .columns = columns,
+                                               .rows_padded = Padded(rows),
+                                               .columns_padded = Padded(columns),
+                                               .channels = static_cast<int>(channels),
+                                               .hidden = static_cast<int>(hidden),
+                                               .residual = *residual,
+                                               .epsilon = *epsilon},
+                                        .d_out = d_out.untyped_data(),
+                                        .dz = dz->untyped_data(),
+                                        .dt = dt->untyped_data(),
+                                        .partials = partials->typed_data(),
+                                        .blocks = static_cast<int>(blocks),
+                                        .d_norm_in_scale = d_norm_in_scale->typed_data(),
+                                        .d_norm_in_bias = d_norm_in_bias->typed_data(),
+                                        .d_norm_out_scale = d_norm_out_scale->typed_data(),
+                                        .d_norm_out_bias = d_norm_out_bias->typed_data(),
+                                        .d_proj_kernel = d_proj_kernel->typed_data(),
+                                        .d_gate_kernel = d_gate_kernel->typed_data(),
+                                        .d_proj_bias = d_proj_bias->typed_data(),
+                                        .d_gate_bias = d_gate_bias->typed_data()},
+                                       stream, channels, " channels and ", hidden, " hidden");
 }
 
 const Register<GatedOutputBackwardHandler> backward("genie_gated_output_bwd");

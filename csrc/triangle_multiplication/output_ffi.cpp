@@ -8,15 +8,6 @@ namespace {
 using xla::ffi::F32;
 using xla::ffi::PRED;
 
-Error Launched(const GatedOutput& output, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(output, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(output.channels) +
-                                " channels, " + std::to_string(output.hidden) + " hidden and t " +
-                                "with rows of " + std::to_string(output.columns_padded));
-}
-
 Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional<PRED, 3> mask,
                          Buffer<F32, 1> norm_in_scale, Buffer<F32, 1> norm_in_bias,
                          Buffer<F32, 1> norm_out_scale, Buffer<F32, 1> norm_out_bias,
@@ -43,30 +34,31 @@ Error GatedOutputForward(cudaStream_t stream, AnyBuffer z, AnyBuffer t, Optional
     if (error.failure()) return error;
   }
   if (z.element_count() == 0) return Error::Success();
-  return Launched({.z = z.untyped_data(),
-                   .t = t.untyped_data(),
-                   .mask = MaskOrNull(mask),
-                   .out = out->untyped_data(),
-                   .dtype = FloatOf(z.element_type()),
-                   .norm_in_scale = norm_in_scale.typed_data(),
-                   .norm_in_bias = norm_in_bias.typed_data(),
-                   .norm_out_scale = norm_out_scale.typed_data(),
-                   .norm_out_bias = norm_out_bias.typed_data(),
-                   .proj_kernel = proj_kernel.untyped_data(),
-                   .gate_kernel = gate_kernel.untyped_data(),
-                   .kernel_dtype = FloatOf(proj_kernel.element_type()),
-                   .proj_bias = DataOrNull(proj_bias),
-                   .gate_bias = DataOrNull(gate_bias),
-                   .batch = batch,
-                   .rows = rows,
-                   .columns = columns,
-                   .rows_padded = rows_padded,
-                   .columns_padded = columns_padded,
-                   .channels = static_cast<int>(channels),
-                   .hidden = static_cast<int>(hidden),
-                   .residual = *residual,
-                   .epsilon = *epsilon},
-                  stream);
+  return Launched<GatedOutput>({.z = z.untyped_data(),
+                                .t = t.untyped_data(),
+                                .mask = MaskOrNull(mask),
+                                .out = out->untyped_data(),
+                                .dtype = FloatOf(z.element_type()),
+                                .norm_in_scale = norm_in_scale.typed_data(),
+                                .norm_in_bias = norm_in_bias.typed_data(),
+                                .norm_out_scale = norm_out_scale.typed_data(),
+                                .norm_out_bias = norm_out_bias.typed_data(),
+                                .proj_kernel = proj_kernel.untyped_data(),
+                                .gate_kernel = gate_kernel.untyped_data(),
+                                .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                                .proj_bias = DataOrNull(proj_bias),
+                                .gate_bias = DataOrNull(gate_bias),
+                                .batch = batch,
+                                .rows = rows,
+                                .columns = columns,
+                                .rows_padded = rows_padded,
+                                .columns_padded = columns_padded,
+                                .channels = static_cast<int>(channels),
+                                .hidden = static_cast<int>(hidden),
+                                .residual = *residual,
+                                .epsilon = *epsilon},
+                               stream, channels, " channels, ", hidden,
+                               " hidden and t with rows of ", columns_padded);
 }
 
 const Register<GatedOutputForward> forward("genie_gated_output_fwd");

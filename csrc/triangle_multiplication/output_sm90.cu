@@ -11,9 +11,9 @@
 
 #include "kittens.cuh"
 #include "kittens/extensions.cuh"
+#include "resident.cuh"
 #include "triangle_multiplication/output_sm90.h"
 #include "triangle_multiplication/rows.cuh"
-#include "triangle_multiplication/weights.cuh"
 
 namespace genie {
 namespace {
@@ -82,8 +82,8 @@ __device__ void FillParameters(Shared& shared, const GatedOutput& given, int fir
   constexpr int kThreads = S::kThreads;
   const auto fill = [&](auto* tiles, const void* matrix) {
     AsStored<typename S::Gate::T>(matrix, given.kernel_dtype, [&](auto* stored) {
-      FillWeights<kThreads>(tiles, chunks, stored + first_column, given.channels,
-                            [](float w, int, int) { return 0.5f * w; });
+      FillWeights<kThreads>(tiles, chunks, given.channels, 0.5f,
+                            [&](int chunk) { return stored + first_column + chunk * kColumns; });
     });
   };
   fill(shared.gate, given.gate_kernel);
@@ -235,13 +235,8 @@ cudaError_t LaunchFor(const GatedOutput& p, cudaStream_t stream) {
   using S = Shape<T, C, H>;
   constexpr int kShared = sizeof(typename S::Shared) + 1024;
   const auto kernel = Output<T, C, H>;
-  int device, processors;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (status != cudaSuccess) return status;
+  int processors;
+  if (cudaError_t status = Prepare(kernel, kShared, &processors)) return status;
 
   const int column_tiles = (p.columns + kPairs - 1) / kPairs;
   const int64_t tiles = p.batch * p.rows * column_tiles;
@@ -255,8 +250,8 @@ cudaError_t LaunchFor(const GatedOutput& p, cudaStream_t stream) {
   const size_t all_rows = p.batch * p.rows, columns = p.columns;
   const size_t batch = p.batch, rows_padded = p.rows_padded, columns_padded = p.columns_padded;
   using Contracted = typename S::Contracted;
-  T* z = static_cast<T*>(const_cast<void*>(p.z));
-  auto* t = static_cast<Contracted*>(const_cast<void*>(p.t));
+  T* z = Data<T>(p.z);
+  auto* t = Data<Contracted>(p.t);
   try {
     const Globals<T, C, H> globals = {
         .z = {z, nullptr, all_rows, columns, nullptr},
@@ -274,20 +269,11 @@ cudaError_t LaunchFor(const GatedOutput& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int C>
-cudaError_t LaunchFor(const GatedOutput& p, cudaStream_t stream) {
-  if (p.hidden == 64) return LaunchFor<T, C, 64>(p, stream);
-  if (p.hidden == 128) return LaunchFor<T, C, 128>(p, stream);
-  if (p.hidden == 256) return LaunchFor<T, C, 256>(p, stream);
-  return cudaErrorInvalidValue;
-}
-
 template <typename T>
 cudaError_t LaunchFor(const GatedOutput& p, cudaStream_t stream) {
-  if (p.channels == 64) return LaunchFor<T, 64>(p, stream);
-  if (p.channels == 128) return LaunchFor<T, 128>(p, stream);
-  if (p.channels == 256) return LaunchFor<T, 256>(p, stream);
-  return cudaErrorInvalidValue;
+  return ForSize<64, 128, 256>(p.channels, [&](auto c) {
+    return ForSize<64, 128, 256>(p.hidden, [&](auto h) { return LaunchFor<T, c, h>(p, stream); });
+  });
 }
 
 }  // namespace

@@ -23,15 +23,6 @@ Error DtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> like_z,
   return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
 }
 
-Error Launched(const GatedProjectionBackward& given, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(given, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(given.forward.channels) +
-                                " channels and " + std::to_string(given.forward.hidden) +
-                                " hidden");
-}
-
 // dz_in, if there, is what dz starts from; Python gives its memory away.
 Error GatedProjectionBackwardHandler(
     cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, AnyBuffer da, AnyBuffer db,
@@ -70,39 +61,40 @@ Error GatedProjectionBackwardHandler(
                                                dz->size_bytes(), cudaMemcpyDeviceToDevice, stream);
     if (copied != cudaSuccess) return LaunchStatus(copied);
   }
-  return Launched({.forward = {.z = z.untyped_data(),
-                               .mask = MaskOrNull(mask),
-                               .a = nullptr,
-                               .b = nullptr,
-                               .dtype = FloatOf(z.element_type()),
-                               .norm_scale = norm_scale.typed_data(),
-                               .norm_bias = norm_bias.typed_data(),
-                               .proj_kernel = proj_kernel.untyped_data(),
-                               .gate_kernel = gate_kernel.untyped_data(),
-                               .kernel_dtype = FloatOf(proj_kernel.element_type()),
-                               .proj_bias = DataOrNull(proj_bias),
-                               .gate_bias = DataOrNull(gate_bias),
-                               .batch = batch,
-                               .rows = rows,
-                               .columns = columns,
-                               .rows_padded = Padded(rows),
-                               .columns_padded = Padded(columns),
-                               .channels = static_cast<int>(channels),
-                               .hidden = static_cast<int>(hidden),
-                               .epsilon = *epsilon},
-                   .da = da.untyped_data(),
-                   .db = db.untyped_data(),
-                   .dz = dz->untyped_data(),
-                   .adds = adds,
-                   .d_scale = d_scale->typed_data(),
-                   .d_bias = d_bias->typed_data(),
-                   .d_proj = d_proj->typed_data(),
-                   .d_gate = d_gate->typed_data(),
-                   .d_proj_bias = d_proj_bias->typed_data(),
-                   .d_gate_bias = d_gate_bias->typed_data(),
-                   .partials = partials->typed_data(),
-                   .parts = parts},
-                  stream);
+  return Launched<GatedProjectionBackward>(
+      {.forward = {.z = z.untyped_data(),
+                   .mask = MaskOrNull(mask),
+                   .a = nullptr,
+                   .b = nullptr,
+                   .dtype = FloatOf(z.element_type()),
+                   .norm_scale = norm_scale.typed_data(),
+                   .norm_bias = norm_bias.typed_data(),
+                   .proj_kernel = proj_kernel.untyped_data(),
+                   .gate_kernel = gate_kernel.untyped_data(),
+                   .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                   .proj_bias = DataOrNull(proj_bias),
+                   .gate_bias = DataOrNull(gate_bias),
+                   .batch = batch,
+                   .rows = rows,
+                   .columns = columns,
+                   .rows_padded = Padded(rows),
+                   .columns_padded = Padded(columns),
+                   .channels = static_cast<int>(channels),
+                   .hidden = static_cast<int>(hidden),
+                   .epsilon = *epsilon},
+       .da = da.untyped_data(),
+       .db = db.untyped_data(),
+       .dz = dz->untyped_data(),
+       .adds = adds,
+       .d_scale = d_scale->typed_data(),
+       .d_bias = d_bias->typed_data(),
+       .d_proj = d_proj->typed_data(),
+       .d_gate = d_gate->typed_data(),
+       .d_proj_bias = d_proj_bias->typed_data(),
+       .d_gate_bias = d_gate_bias->typed_data(),
+       .partials = partials->typed_data(),
+       .parts = parts},
+      stream, channels, " channels and ", hidden, " hidden");
 }
 
 const Register<GatedProjectionBackwardHandler> backward("genie_gated_projection_bwd");

@@ -21,14 +21,6 @@ Error DtypeStatus(const AnyBuffer& z, const AnyBuffer& proj_kernel, const AnyBuf
   return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
 }
 
-Error Launched(const GatedProjection& projection, cudaStream_t stream) {
-  if (Error error = DeviceStatus(); error.failure()) return error;
-  const cudaError_t status = Launch(projection, stream);
-  if (status != cudaErrorInvalidValue) return LaunchStatus(status);
-  return Error::InvalidArgument("no kernel serves " + std::to_string(projection.channels) +
-                                " channels and " + std::to_string(projection.hidden) + " hidden");
-}
-
 Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask,
                              Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
                              AnyBuffer proj_kernel, AnyBuffer gate_kernel,
@@ -51,27 +43,27 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3>
     if (error.failure()) return error;
   }
   if (a->element_count() == 0) return Error::Success();
-  return Launched({.z = z.untyped_data(),
-                   .mask = MaskOrNull(mask),
-                   .a = a->untyped_data(),
-                   .b = b->untyped_data(),
-                   .dtype = FloatOf(z.element_type()),
-                   .norm_scale = norm_scale.typed_data(),
-                   .norm_bias = norm_bias.typed_data(),
-                   .proj_kernel = proj_kernel.untyped_data(),
-                   .gate_kernel = gate_kernel.untyped_data(),
-                   .kernel_dtype = FloatOf(proj_kernel.element_type()),
-                   .proj_bias = DataOrNull(proj_bias),
-                   .gate_bias = DataOrNull(gate_bias),
-                   .batch = batch,
-                   .rows = rows,
-                   .columns = columns,
-                   .rows_padded = rows_padded,
-                   .columns_padded = columns_padded,
-                   .channels = static_cast<int>(channels),
-                   .hidden = static_cast<int>(hidden),
-                   .epsilon = *epsilon},
-                  stream);
+  return Launched<GatedProjection>({.z = z.untyped_data(),
+                                    .mask = MaskOrNull(mask),
+                                    .a = a->untyped_data(),
+                                    .b = b->untyped_data(),
+                                    .dtype = FloatOf(z.element_type()),
+                                    .norm_scale = norm_scale.typed_data(),
+                                    .norm_bias = norm_bias.typed_data(),
+                                    .proj_kernel = proj_kernel.untyped_data(),
+                                    .gate_kernel = gate_kernel.untyped_data(),
+                                    .kernel_dtype = FloatOf(proj_kernel.element_type()),
+                                    .proj_bias = DataOrNull(proj_bias),
+                                    .gate_bias = DataOrNull(gate_bias),
+                                    .batch = batch,
+                                    .rows = rows,
+                                    .columns = columns,
+                                    .rows_padded = rows_padded,
+                                    .columns_padded = columns_padded,
+                                    .channels = static_cast<int>(channels),
+                                    .hidden = static_cast<int>(hidden),
+                                    .epsilon = *epsilon},
+                                   stream, channels, " channels and ", hidden, " hidden");
 }
 
 const Register<GatedProjectionForward> forward("genie_gated_projection_fwd");

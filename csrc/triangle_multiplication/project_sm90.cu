@@ -12,6 +12,7 @@
 
 #include "kittens.cuh"
 #include "kittens/extensions.cuh"
+#include "resident.cuh"
 #include "triangle_multiplication/project_sm90.h"
 
 namespace genie {
@@ -67,46 +68,17 @@ struct Position {
   int batch, row, column_tile, source_row;
 };
 
-// Fills `chunks` tiles with half of the [C, 64] blocks of a kernel whose rows are `stride` apart:
-// both halvings of p (tanh(g / 2) + 1) / 2 are then done in the weights, which is exact but for
-// fp16 subnormals.
-template <int kThreads, typename Weight, typename Stored>
-__device__ void FillWeights(Weight* tiles, int chunks, const Stored* kernel, int stride) {
-  using T = typename Weight::T;
-  constexpr int kVector = 8;  // elements of a 16-byte chunk of a tile's row
-  constexpr int kVectors = Weight::num_elements / kVector, kRowVectors = kHidden / kVector;
-  constexpr int kLoads = kVector * sizeof(Stored) / sizeof(uint4);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < chunks * kVectors; i += kThreads) {
-    const int chunk = i / kVectors, row = i % kVectors / kRowVectors;
-    const int column = i % kRowVectors * kVector;
-    const Stored* from = kernel + row * stride + chunk * kHidden + column;
-    uint4 raw[kLoads], packed;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const float x =
-          base_types::convertor<float, Stored>::convert(reinterpret_cast<const Stored*>(raw)[j]);
-      reinterpret_cast<T*>(&packed)[j] = base_types::convertor<T, float>::convert(0.5f * x);
-    }
-    *reinterpret_cast<uint4*>(&tiles[chunk][{row, column}]) = packed;
-  }
-}
-
-// The block's weights, biases and LayerNorm parameters, by all threads.
+// The block's weights, biases and LayerNorm parameters, by all threads. Both halvings of
+// p (tanh(g / 2) + 1) / 2 are done in the weights, which is exact but for fp16 subnormals.
 template <typename T, int C>
 __device__ void FillParameters(typename Shape<T, C>::Shared& shared, const GatedProjection& given,
                                int first_column, int chunks) {
   constexpr int kThreads = Shape<T, C>::kThreads;
   const auto fill = [&](auto* tiles, const void* kernel) {
-    if (given.kernel_dtype == Float::kF32) {
-      FillWeights<kThreads>(tiles, chunks, static_cast<const float*>(kernel) + first_column,
-                            2 * given.hidden);
-    } else {
-      FillWeights<kThreads>(tiles, chunks, static_cast<const T*>(kernel) + first_column,
-                            2 * given.hidden);
-    }
+    AsStored<T>(kernel, given.kernel_dtype, [&](auto* stored) {
+      FillWeights<kThreads>(tiles, chunks, 2 * given.hidden, 0.5f,
+                            [&](int chunk) { return stored + first_column + chunk * kHidden; });
+    });
   };
   fill(shared.gate, given.gate_kernel);
   fill(shared.proj, given.proj_kernel);
@@ -115,10 +87,8 @@ __device__ void FillParameters(typename Shape<T, C>::Shared& shared, const Gated
     shared.gate_bias[chunk][at] = given.gate_bias ? 0.5f * given.gate_bias[column] : 0.f;
     shared.proj_bias[chunk][at] = given.proj_bias ? 0.5f * given.proj_bias[column] : 0.f;
   }
-  for (int i = threadIdx.x; i < C; i += kThreads) {
-    shared.norm_scale[i] = given.norm_scale[i];
-    shared.norm_bias[i] = given.norm_bias[i];
-  }
+  FillVector<kThreads>(shared.norm_scale, given.norm_scale);
+  FillVector<kThreads>(shared.norm_bias, given.norm_bias);
   FenceAsyncProxy();
 }
 
@@ -248,13 +218,8 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
   using S = Shape<T, C>;
   constexpr int kShared = sizeof(typename S::Shared) + 1024;
   const auto kernel = Project<T, C>;
-  int device, processors;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (status != cudaSuccess) return status;
+  int processors;
+  if (cudaError_t status = Prepare(kernel, kShared, &processors)) return status;
 
   const int column_tiles = (p.columns_padded + kPairs - 1) / kPairs;
   const int64_t tiles = p.batch * p.rows_padded * column_tiles;
@@ -267,7 +232,7 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
 
   const size_t batch = p.batch, rows = p.rows, columns = p.columns;
   const size_t hidden = p.hidden, rows_padded = p.rows_padded, columns_padded = p.columns_padded;
-  T* z = static_cast<T*>(const_cast<void*>(p.z));
+  T* z = Data<T>(p.z);
   try {
     const Globals<T, C> globals = {
         .z = {z, nullptr, batch * rows, columns, nullptr},
@@ -287,10 +252,7 @@ cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t LaunchFor(const GatedProjection& p, cudaStream_t stream) {
-  if (p.channels == 64) return LaunchFor<T, 64>(p, stream);
-  if (p.channels == 128) return LaunchFor<T, 128>(p, stream);
-  if (p.channels == 256) return LaunchFor<T, 256>(p, stream);
-  return cudaErrorInvalidValue;
+  return ForSize<64, 128, 256>(p.channels, [&](auto c) { return LaunchFor<T, c>(p, stream); });
 }
 
 }  // namespace

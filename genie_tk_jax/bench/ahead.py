@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from genie_tk_jax.bench.contestants import Contestant, Trial, trial
 from genie_tk_jax.bench.judge import cotangents_of, exact
+from genie_tk_jax.bench.timing import UNTUNED
 from genie_tk_jax.bench.workloads import Workload, pose
 
 Task = Callable[[], None]
@@ -95,4 +96,4 @@ def _compile(contestant, workload, which, problem, *, wide: bool) -> None:
 
     posed = jax.eval_shape(partial(pose, workload, **problem))
     shapes = jax.eval_shape(operands, posed)
-    jax.jit(found[0].step).lower(*shapes).compile()
+    jax.jit(found[0].step).lower(*shapes).compile(UNTUNED if wide else None)

@@ -170,7 +170,9 @@ def _programs(options: Options, compiler: Compiler, n: int) -> tuple[dict, dict]
         if n == min(options.sizes):
             shapes = trunk.shapes(blocks, n, options.msa, "float32")
             with jax.default_matmul_precision("highest"):
-                truths[blocks] = compiler.start(trunk.UNCHUNKED, "float32", PASSES[-1], shapes)
+                truths[blocks] = compiler.start(
+                    trunk.UNCHUNKED, "float32", PASSES[-1], shapes, **timing.UNTUNED
+                )
     return programs, truths
 
 

@@ -59,9 +59,7 @@ def _limit(options: Any) -> int | None:
 
 def _start(options: Any, compiler: Any, name: str, n: int) -> Any:
     shapes = trunk.shapes(options.design_blocks, n, options.design_msa, options.dtype)
-    on_gpu = jax.devices()[0].platform == "gpu"
-    how = {"xla_gpu_autotune_level": 0} if on_gpu else {}
-    return compiler.start(name, options.dtype, "fwd+bwd", shapes, **how)
+    return compiler.start(name, options.dtype, "fwd+bwd", shapes, **timing.UNTUNED)
 
 
 def _asked(searches: dict, reasons: dict[str, str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from genie_tk_jax import explain
 from genie_tk_jax.bench.contestants import LIBRARY, Contestant, Trial, trial
-from genie_tk_jax.bench.timing import compiled, temporary_bytes, timed
+from genie_tk_jax.bench.timing import UNTUNED, compiled, temporary_bytes, timed
 from genie_tk_jax.bench.workloads import Problem, Workload
 
 # A contestant is wrong if its error is more than this multiple of the plain XLA layer's at the same
@@ -35,7 +35,7 @@ def truth_of(workload: Workload, problem: Problem, which: str, dtype: str) -> Tr
     with jax.default_matmul_precision("highest"):
         cotangents = cotangents_of(workload, problem, dtype)
         attempt = trial(contestant, wide, which, cotangents)
-        program = compiled(attempt.step, attempt.operands)
+        program = compiled(attempt.step, attempt.operands, UNTUNED)
         return Truth(cotangents, attempt.ours(program(*attempt.operands)))
 
 

@@ -40,13 +40,20 @@ class Timing(NamedTuple):
     method: str
 
 
-def compiled(step: Callable, operands: tuple) -> Any:
+# Tuning a program that is not timed only takes time.
+UNTUNED = {"xla_gpu_autotune_level": 0}
+
+
+def compiled(step: Callable, operands: tuple, options: dict[str, Any] | None = None) -> Any:
     """The compiled `step`; its memory_analysis() is that of one call.
+
+    Args:
+      options: of the compiler.
 
     Raises:
       MemoryError: results and temporaries do not fit in the memory that is left; nothing ran.
     """
-    program = jax.jit(step).lower(*operands).compile()
+    program = jax.jit(step).lower(*operands).compile(options)
     check_memory(program)
     return program
 
