@@ -10,67 +10,76 @@
 namespace genie {
 namespace {
 
-constexpr int kParts = 4;  // threads that share the sum of one element
+constexpr int kThreads = 512;
 
-// The sums of one thread for column c of row k: e[c] and G[k, c], over every kParts-th partial.
-__device__ float2 SumPartials(const float* partials, int64_t size, int blocks, int64_t product,
-                              int64_t column, int channels) {
-  float2 sum = {};
-  for (int p = threadIdx.y; p < blocks; p += kParts) {
-    const float* from = partials + p * size;
-    sum.x += from[product];
-    for (int i = 0; i < 256; i += channels) sum.y += from[column + i];
+// Four neighbouring columns of every `step`-th of `count` rows from `first` on, summed: the loads
+// of many rows are on their way together, where waiting for each of them took three times as long.
+template <typename Row>
+__device__ float4 SumRows(int first, int count, int step, Row&& row) {
+  float4 sum = {};
+#pragma unroll 8
+  for (int i = first; i < count; i += step) {
+    const float4 x = *reinterpret_cast<const float4*>(row(i));
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
   }
   return sum;
 }
 
-// Block (k, b) makes row k of [Wo; Wg] for batch entry b; thread (c, part).
-__global__ void Reduce(const GatedOutputBackward g) {
-  const int channels = g.of.channels, hidden = g.of.hidden;
+// Block (k, b) makes row k of [Wo; Wg] for batch entry b: groups of C / 4 threads take the partials
+// in turn, then C threads a column each.
+__global__ __launch_bounds__(kThreads, 2) void Reduce(const GatedOutputBackward g) {
+  __shared__ float4 products[kThreads], totals[kThreads];
+  __shared__ float2 warps[kThreads / 32];
+  const int channels = g.of.channels, hidden = g.of.hidden, c = threadIdx.x;
   const bool proj = blockIdx.x < hidden;
-  const int k = proj ? blockIdx.x : blockIdx.x - hidden, c = threadIdx.x;
+  const int k = proj ? blockIdx.x : blockIdx.x - hidden, inputs = proj ? hidden : channels;
   const int64_t b = blockIdx.y, size = OutputPartial(channels, hidden);
-  const int64_t products = int64_t{channels} * (hidden + channels);
-  __shared__ float2 parts[kParts][128], rows[128];
-
-  parts[threadIdx.y][c] =
-      SumPartials(g.partials + b * g.blocks * size, size, g.blocks,
-                  int64_t{blockIdx.x} * channels + c, products + (proj ? 0 : 256) + c, channels);
+  {
+    const int quads = channels / 4, groups = kThreads / quads, group = c / quads;
+    const float* from = g.partials + b * g.blocks * size + c % quads * 4;
+    const float* columns = from + int64_t{channels} * (hidden + channels) + (proj ? 0 : 256);
+    products[c] = SumRows(group, g.blocks, groups,
+                          [&](int p) { return from + p * size + blockIdx.x * channels; });
+    const int folds = 256 / channels;  // sums of a column in a partial
+    totals[c] = SumRows(group, g.blocks * folds, groups,
+                        [&](int p) { return columns + p / folds * size + p % folds * channels; });
+  }
   __syncthreads();
-  if (threadIdx.y != 0) return;
-  float2 sum = {};
-  for (int i = 0; i < kParts; ++i) {
-    sum.x += parts[i][c].x;
-    sum.y += parts[i][c].y;
-  }
-  const int inputs = proj ? hidden : channels;
-  const float scale = (proj ? g.of.norm_out_scale : g.of.norm_in_scale)[k];
-  const float bias = (proj ? g.of.norm_out_bias : g.of.norm_in_bias)[k];
-  float* d_kernel = proj ? g.d_proj_kernel : g.d_gate_kernel;
-  float* d_bias = proj ? g.d_proj_bias : g.d_gate_bias;
-  d_kernel[(b * inputs + k) * channels + c] = scale * sum.x + bias * sum.y;
-  if (k == 0 && d_bias) d_bias[b * channels + c] = sum.y;
-
-  const float weight = WeightAt(proj ? g.of.proj_kernel : g.of.gate_kernel, g.of.kernel_dtype,
-                                g.of.dtype, int64_t{k} * channels + c);
-  rows[c] = {weight * sum.x, weight * sum.y};
-  for (int half = channels / 2; half > 0; half /= 2) {
-    asm volatile("bar.sync 1, %0;" ::"r"(channels) : "memory");
-    if (c < half) {
-      rows[c].x += rows[c + half].x;
-      rows[c].y += rows[c + half].y;
+  float2 of_row = {};
+  if (c < channels) {
+    float product = 0, total = 0;
+    for (int i = c; i < 4 * kThreads; i += channels) {
+      product += reinterpret_cast<const float*>(products)[i];
+      total += reinterpret_cast<const float*>(totals)[i];
     }
+    const float scale = (proj ? g.of.norm_out_scale : g.of.norm_in_scale)[k];
+    const float bias = (proj ? g.of.norm_out_bias : g.of.norm_in_bias)[k];
+    float* d_kernel = proj ? g.d_proj_kernel : g.d_gate_kernel;
+    float* d_bias = proj ? g.d_proj_bias : g.d_gate_bias;
+    d_kernel[(b * inputs + k) * channels + c] = scale * product + bias * total;
+    if (k == 0 && d_bias) d_bias[b * channels + c] = total;
+    const float weight = WeightAt(proj ? g.of.proj_kernel : g.of.gate_kernel, g.of.kernel_dtype,
+                                  g.of.dtype, int64_t{k} * channels + c);
+    of_row = {weight * product, weight * total};
   }
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    of_row.x += __shfl_xor_sync(~0u, of_row.x, lanes);
+    of_row.y += __shfl_xor_sync(~0u, of_row.y, lanes);
+  }
+  if (c % 32 == 0) warps[c / 32] = of_row;
+  __syncthreads();
   if (c != 0) return;
-  (proj ? g.d_norm_out_scale : g.d_norm_in_scale)[b * inputs + k] = rows[0].x;
-  (proj ? g.d_norm_out_bias : g.d_norm_in_bias)[b * inputs + k] = rows[0].y;
+  for (int warp = 1; warp < channels / 32; ++warp) {
+    of_row.x += warps[warp].x, of_row.y += warps[warp].y;
+  }
+  (proj ? g.d_norm_out_scale : g.d_norm_in_scale)[b * inputs + k] = of_row.x;
+  (proj ? g.d_norm_out_bias : g.d_norm_in_bias)[b * inputs + k] = of_row.y;
 }
 
 }  // namespace
 
 cudaError_t LaunchReduction(const GatedOutputBackward& p, cudaStream_t stream) {
-  const dim3 grid(p.of.hidden + p.of.channels, p.of.batch), block(p.of.channels, kParts);
-  Reduce<<<grid, block, 0, stream>>>(p);
+  Reduce<<<dim3(p.of.hidden + p.of.channels, p.of.batch), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
