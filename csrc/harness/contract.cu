@@ -1,7 +1,7 @@
 // Harness of the contraction: correctness against float64 with poisoned results, then timings.
 // Prints one line a case and exits with the number of failures. `quick` checks small cases only
-// (for compute-sanitizer), `small` all but the large ones; `check` and `time` run one half, `time
-// N` one size (for a profiler).
+// (for compute-sanitizer), `small` all but the large ones; `check` and `time` run one half, `half`
+// the masked times alone, `time N` and `half N` one size (for a profiler).
 #include <cstring>
 #include <string>
 
@@ -53,7 +53,7 @@ int CheckPadding(Case c, int64_t extra) {
 }
 
 template <typename T, typename Out>
-void Time(const Case& c, const char* which) {
+float Time(const Case& c, const char* which) {
   const int products = std::strlen(which);
   const double n = double(c.i) * c.j * c.k * c.batch * c.channels;
   const double flops = 2 * n * products;
@@ -64,12 +64,23 @@ void Time(const Case& c, const char* which) {
       "%s %s %-2s B=%-2ld Hm=%-3ld N=%-5ld mask=%-5s  %8.4f ms  %6.1f TFLOP/s  %7.1f GB/s\n",
       sizeof(Out) == 4 ? "f16 " : "bf16", c.incoming ? "in " : "out", which, c.batch, c.channels,
       c.i, kMaskNames[int(c.mask)], ms, flops / ms * 1e-9, bytes / ms * 1e-6);
+  return ms;
 }
 
-void TimeAll(int64_t n, int64_t batch, int64_t channels, Mask mask) {
+void TimeAll(int64_t n, int64_t batch, int64_t channels) {
+  for (bool incoming : {false, true}) {
+    for (const char* which : {"t", "ab"})
+      Time<Bf16, Bf16>({batch, channels, n, n, n, incoming}, which);
+  }
+}
+
+// With half of each axis valid, as a share of the whole.
+void TimeHalf(int64_t n) {
   for (bool incoming : {false, true}) {
     for (const char* which : {"t", "ab"}) {
-      Time<Bf16, Bf16>({batch, channels, n, n, n, incoming, mask}, which);
+      const float whole = Time<Bf16, Bf16>({1, 128, n, n, n, incoming}, which);
+      const float half = Time<Bf16, Bf16>({1, 128, n, n, n, incoming, Mask::kHalf}, which);
+      std::printf("  half of each axis valid: %.3f of the whole\n", half / whole);
     }
   }
 }
@@ -105,17 +116,19 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "all";
   if (mode == "quick")
     return CheckBf16({2, 2, 77, 200, 129, false, Mask::kRandom}) + CheckHalf({1, 2, 77, 77, 77});
-  int failures = mode == "time" ? 0 : CheckSmall();
+  int failures = mode == "time" || mode == "half" ? 0 : CheckSmall();
   if (mode == "all" || mode == "check") failures += CheckLarge();
   if (argc > 2) {
-    TimeAll(std::atol(argv[2]), 1, 128, Mask::kNone);
+    mode == "half" ? TimeHalf(std::atol(argv[2])) : TimeAll(std::atol(argv[2]), 1, 128);
   } else if (mode == "all" || mode == "time") {
     for (int64_t n : {16, 32, 64, 128, 200, 256, 384, 512, 768, 1024, 1536, 2048}) {
-      TimeAll(n, 1, 128, Mask::kNone);
+      TimeAll(n, 1, 128);
     }
-    for (int64_t n : {512, 1024, 2048}) TimeAll(n, 1, 128, Mask::kHalf);
-    TimeAll(256, 4, 128, Mask::kNone);
+    TimeAll(256, 4, 128);
     for (int64_t n : {256, 1024}) Time<__half, float>({1, 128, n, n, n}, "t");
+  }
+  if (argc <= 2 && mode != "check" && mode != "small") {
+    for (int64_t n : {512, 768, 1024, 2048}) TimeHalf(n);
   }
   std::printf("failures: %d\n", failures);
   return failures;
