@@ -74,20 +74,18 @@ __device__ void Multiply(Sums& sums, typename S::Shared& shared, Turn<S::kStages
 
 // 16-bit results leave by TMA through the warp's two buffers, float32 ones straight.
 template <typename Sums, typename O, typename Output>
-__device__ void Store(const O& o, const Place& at, Sums& sums, bool zero, Output (&buffers)[2]) {
+__device__ void Store(const O& o, const Place& at, Sums& sums, Output (&buffers)[2]) {
   const int row = WARPGROUP_WARPS * (kConsumers * at.row + warpgroupid()) + warpgroup::warpid();
   if constexpr (std::is_same_v<typename Output::T, typename decltype(o.out)::T>) {
 #pragma unroll
     for (int block = 0; block < Sums::cols / kBlock; ++block) {
-      auto& buffer = buffers[zero ? 0 : block % 2];  // zeros need to be written once
-      if (block == 0 || !zero) {
-        block == 0 ? warp::tma::store_async_read_wait<0>() : warp::tma::store_async_read_wait<1>();
-        warp::sync();
-        warp::store(buffer, reinterpret_cast<rt_fl<TILE_DIM, kBlock>&>(
-                                sums.tiles[0][block * kBlock / TILE_DIM]));
-        FenceAsyncProxy();
-        warp::sync();
-      }
+      auto& buffer = buffers[block % 2];
+      block == 0 ? warp::tma::store_async_read_wait<0>() : warp::tma::store_async_read_wait<1>();
+      warp::sync();
+      warp::store(buffer, reinterpret_cast<rt_fl<TILE_DIM, kBlock>&>(
+                              sums.tiles[0][block * kBlock / TILE_DIM]));
+      FenceAsyncProxy();
+      warp::sync();
       warp::tma::store_async<dim::ROW, NORMAL>(
           o.out, buffer, {0, at.batch, row, Sums::cols / kBlock * at.column + block});
     }
@@ -108,6 +106,30 @@ __device__ void Store(const O& o, const Place& at, Sums& sums, bool zero, Output
   }
 }
 
+// Zeros for a tile, by the threads of the producer's warpgroup that load nothing: eight elements a
+// thread and row.
+template <typename S, typename O>
+__device__ void StoreZeros(const O& o, const Place& at) {
+  using Out = typename decltype(o.out)::T;
+  constexpr int kVector = 8, kVectors = S::kColumns / kVector;
+  constexpr int kThreads = WARPGROUP_THREADS - WARP_THREADS, kStep = kThreads / kVectors;
+  static_assert(kThreads % kVectors == 0);
+  const int thread = warpgroup::laneid() - WARP_THREADS;
+  const int64_t rows = o.out.rows(), columns = o.out.cols(), step = kStep * columns;
+  const int64_t column = S::kColumns * at.column + thread % kVectors * kVector;
+  if (column >= columns) return;
+  const int first = kRows * at.row + thread / kVectors;
+  const int last = min(kRows * (at.row + 1), static_cast<int>(rows));
+  Out* to = o.out.raw_ptr + (at.batch * rows + first) * columns + column;
+#pragma unroll 4
+  for (int row = first; row < last; row += kStep, to += step) {
+#pragma unroll
+    for (int i = 0; i < kVector * sizeof(Out) / sizeof(uint4); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = {};
+    }
+  }
+}
+
 template <typename T, typename Out, typename S>
 __global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ Globals<T, Out> g) {
   extern __shared__ alignment_dummy __shm[];
@@ -120,44 +142,44 @@ __global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ 
     }
   }
   everyone::sync(0);
+  const bool masked = g.masked();
   Turn<S::kStages> turn;
 
   if (warpgroupid() == kConsumers) {  // 1. The producer runs ahead, through the epilogues too.
     warpgroup::decrease_registers<kProducerRegisters>();
     if (warpgroup::warpid() == 0) {
-      for (int tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
-        const Place at = Locate(g, tile);
+      ForEachTile<S>(g, [&](const Place& at, int steps) {
         const auto& o = g.operations[at.operation];
-        for (int first = 0; first < o.steps; first += WARP_THREADS) {
+        for (int first = 0; steps > 0 && first < o.steps; first += WARP_THREADS) {
           for (unsigned live = LiveSteps<S>(o, at, first); live; live &= live - 1) {
             wait(shared.finished[turn.stage], turn.parity ^ 1);
             if (laneid() == 0) Load<S>(o, at, first + __ffs(live) - 1, shared, turn.stage);
             turn.Advance();
           }
         }
-      }
+      });
+      if (masked) warpgroup::sync(1);
+    } else if (masked) {  // Zeros come last: beside the loads, they delay them.
+      warpgroup::sync(1);
+      ForEachTile<S>(g, [&](const Place& at, int steps) {
+        if (steps == 0) StoreZeros<S>(g.operations[at.operation], at);
+      });
     }
   } else {  // 2. Each consumer multiplies its 64 rows and stores them.
     warpgroup::increase_registers<kConsumerRegisters>();
-    for (int tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
-      const Place at = Locate(g, tile);
+    ForEachTile<S>(g, [&](const Place& at, int steps) {
+      if (steps == 0) return;  // the producer's warpgroup writes zeros
       const auto& o = g.operations[at.operation];
-      int steps = 0;
-      for (int first = 0; first < o.steps; first += WARP_THREADS) {
-        steps += __popc(LiveSteps<S>(o, at, first));
-      }
       rt_fl<TILE_DIM, S::kColumns> sums;
-      if (steps == 0) {
-        warp::zero(sums);
-      } else if (o.a_transposed) {
+      if (o.a_transposed) {
         Multiply<S, true, false>(sums, shared, turn, steps);
       } else if (o.b_transposed) {
         Multiply<S, false, true>(sums, shared, turn, steps);
       } else {
         Multiply<S, false, false>(sums, shared, turn, steps);
       }
-      Store(o, at, sums, steps == 0, shared.out[warpid()]);
-    }
+      Store(o, at, sums, shared.out[warpid()]);
+    });
     warp::tma::store_async_wait();
   }
 }
@@ -219,14 +241,15 @@ cudaError_t LaunchFor(const Contraction& c, int processors, cudaStream_t stream)
   const int64_t both = first + Tiles(c.products[1], kColumns);
   if (matrices * both >= int64_t{1} << 30) return cudaErrorInvalidValue;
   try {
-    const Globals<T, Out> globals = {
+    const int tiles = static_cast<int>(matrices * both), blocks = std::min(tiles, processors);
+    Globals<T, Out> globals = {
         .operations = {Described<T, Out>(c.products[0], matrices, kColumns),
                        Described<T, Out>(c.products[two], matrices, kColumns)},
         .channels = static_cast<int>(c.channels),
         .tiles_of_first = static_cast<int>(first),
         .tiles_of_both = static_cast<int>(both),
-        .tiles = static_cast<int>(matrices * both)};
-    const int blocks = std::min(globals.tiles, processors);
+        .tiles = tiles};
+    if (globals.masked()) globals.shift = Shift(blocks, globals.tiles_of_both);
     kernel<<<blocks, kThreads, kShared, stream>>>(globals);
   } catch (const std::runtime_error&) {  // a stride or a size is beyond TMA
     return cudaErrorInvalidValue;

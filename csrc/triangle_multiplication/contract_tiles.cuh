@@ -2,6 +2,7 @@
 // through.
 #pragma once
 
+#include <numeric>
 #include <type_traits>
 
 #include "kittens.cuh"
@@ -18,7 +19,7 @@ constexpr int kConsumers = 2;               // warpgroups
 constexpr int kRows = kConsumers * kBlock;  // of a tile
 constexpr int kBand = 16;  // rows of tiles walked together, down one column after the other
 constexpr int kThreads = (kConsumers + 1) * WARPGROUP_THREADS;
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 504);
 
 // Sizes by the columns of a tile. The ring takes 192 KiB, whatever the tile.
@@ -46,16 +47,18 @@ struct Live {
   LiveBlocks blocks;
   int rows, columns;
 
-  // Whether any block of a rectangle is live.
-  __device__ bool Any(int entry, int2 first, int2 size) const {
+  // Whether any block of a rectangle is live; one that ends past the last block ends there.
+  template <int height, int width>
+  __device__ bool Any(int entry, int row, int column) const {
     if (!blocks) return true;
-    bool any = false;
-    for (int row = first.x; row < min(first.x + size.x, rows); ++row) {
-      for (int column = first.y; column < min(first.y + size.y, columns); ++column) {
-        any |= __ldg(blocks + (int64_t{entry} * rows + row) * columns + column) != 0;
-      }
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < height; ++i) {
+      const int64_t at = (int64_t{entry} * rows + min(row + i, rows - 1)) * columns;
+#pragma unroll
+      for (int j = 0; j < width; ++j) any |= __ldg(blocks + at + min(column + j, columns - 1));
     }
-    return any;
+    return any != 0;
   }
 };
 
@@ -77,7 +80,20 @@ struct Globals {
   Operation<T, Out> operations[2];
   int channels, tiles_of_first, tiles_of_both;  // of one channel
   int tiles;
+  int shift = 0;  // from round to round, of which block takes which tile
+
+  __host__ __device__ bool masked() const { return operations[0].masked || operations[1].masked; }
 };
+
+// Where masks leave some of a channel's tiles without terms, all blocks should have about as many
+// with: blocks that would come back to fewer than eight places of a channel meet all of them with
+// this shift.
+inline int Shift(int blocks, int places) {
+  if (places / std::gcd(blocks, places) >= 8) return 0;
+  int shift = 0;
+  while (std::gcd(blocks + shift, places) != 1) ++shift;
+  return shift;
+}
 
 // Where a tile lies.
 struct Place {
@@ -97,21 +113,59 @@ __device__ Place Locate(const G& g, int tile) {
   return {operation, batch, batch / g.channels, band * kBand + within % height, within / height};
 }
 
+// Whether a step of a masked tile has terms.
+template <typename S, typename O>
+__device__ bool HasTerms(const O& o, const Place& at, int step) {
+  constexpr int kRowBlocks = kConsumers, kColumnBlocks = S::kColumnBlocks;
+  const int row = kRowBlocks * at.row, column = kColumnBlocks * at.column;
+  const bool a = o.a_transposed ? o.a_live.template Any<1, kRowBlocks>(at.entry, step, row)
+                                : o.a_live.template Any<kRowBlocks, 1>(at.entry, row, step);
+  const bool b = o.b_transposed ? o.b_live.template Any<kColumnBlocks, 1>(at.entry, column, step)
+                                : o.b_live.template Any<1, kColumnBlocks>(at.entry, step, column);
+  return a & b;  // the loads of both are on their way together
+}
+
+// How many steps of a tile have terms.
+template <typename S, typename G>
+__device__ int CountSteps(const G& g, int tile) {
+  if (tile >= g.tiles) return 0;
+  const Place at = Locate(g, tile);
+  const auto& o = g.operations[at.operation];
+  if (!o.masked) return o.steps;
+  constexpr int kRowBlocks = kConsumers, kColumnBlocks = S::kColumnBlocks;
+  if (!o.out_live.template Any<kRowBlocks, kColumnBlocks>(at.entry, kRowBlocks * at.row,
+                                                          kColumnBlocks * at.column)) {
+    return 0;
+  }
+  int steps = 0;
+#pragma unroll 4
+  for (int step = 0; step < o.steps; ++step) steps += HasTerms<S>(o, at, step);
+  return steps;
+}
+
+// Calls f(place, steps) for each of the block's tiles; all lanes of a warp call it. The steps of 32
+// masked tiles are counted at once, a tile a lane: the mask comes from L2, and tile by tile it took
+// a fifth of the consumers' time.
+template <typename S, typename G, typename F>
+__device__ void ForEachTile(const G& g, F&& f) {
+  const auto tile_of = [&](int n) {
+    return n * gridDim.x + (blockIdx.x + n * g.shift) % gridDim.x;
+  };
+  int counts = 0;
+  for (int n = 0; n * gridDim.x < g.tiles; ++n) {
+    if (g.masked() && n % WARP_THREADS == 0) counts = CountSteps<S>(g, tile_of(n + laneid()));
+    const int count = __shfl_sync(~0u, counts, n % WARP_THREADS), tile = tile_of(n);
+    if (tile >= g.tiles) return;  // of the last round
+    const Place at = Locate(g, tile);
+    f(at, g.masked() ? count : g.operations[at.operation].steps);
+  }
+}
+
 // Which of the 32 steps from `first` on have terms, a bit each; all lanes of a warp call it.
 template <typename S, typename O>
 __device__ unsigned LiveSteps(const O& o, const Place& at, int first) {
   const int step = first + laneid();
-  bool live = step < o.steps;
-  if (o.masked && live) {
-    constexpr int kRowBlocks = kConsumers, kColumnBlocks = S::kColumnBlocks;
-    const int row = kRowBlocks * at.row, column = kColumnBlocks * at.column;
-    live = o.out_live.Any(at.entry, {row, column}, {kRowBlocks, kColumnBlocks}) &&
-           (o.a_transposed ? o.a_live.Any(at.entry, {step, row}, {1, kRowBlocks})
-                           : o.a_live.Any(at.entry, {row, step}, {kRowBlocks, 1})) &&
-           (o.b_transposed ? o.b_live.Any(at.entry, {column, step}, {kColumnBlocks, 1})
-                           : o.b_live.Any(at.entry, {step, column}, {1, kColumnBlocks}));
-  }
-  return __ballot_sync(~0u, live);
+  return __ballot_sync(~0u, step < o.steps && (!o.masked || HasTerms<S>(o, at, step)));
 }
 
 // A stage of the ring, and the parity of its phase.
