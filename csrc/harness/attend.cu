@@ -37,7 +37,7 @@ int CheckPadding(int64_t n, int64_t padded, int dim) {
 }
 
 template <typename T>
-void TimeOne(const Case& c) {
+float TimeOne(const Case& c) {
   const double logits = double(c.batch) * c.rows * c.queries * c.keys * c.heads;
   const float ms = Problem<T>(c).Time();
   std::printf(
@@ -45,6 +45,18 @@ void TimeOne(const Case& c) {
       "logits/s  %5.1f TFLOP/s\n",
       std::is_same_v<T, __half> ? "f16 " : "bf16", c.keys, c.heads, c.dim, kMaskNames[int(c.mask)],
       c.bias, c.folded, c.lse, ms, logits / ms * 1e-6, 4 * c.dim * logits / ms * 1e-9);
+  return ms;
+}
+
+// What padding costs: only half of the rows and of the keys are valid, or none.
+template <typename T>
+void TimePadding(Case c) {
+  c.mask = Mask::kNone;
+  const float all = TimeOne<T>(c);
+  for (Mask mask : {Mask::kPadding, Mask::kEmpty}) {
+    c.mask = mask;
+    std::printf("%s / all: %.3f\n", kMaskNames[int(mask)], TimeOne<T>(c) / all);
+  }
 }
 
 }  // namespace
@@ -59,7 +71,9 @@ int main(int argc, char** argv) {
   };
   int failures = 0;
   if (mode == "quick") {
-    return CheckAll<bf16>({{1, 4, 77, 129, 2, 32}, {2, 3, 300, 65, 1, 32, Mask::kNone, false}});
+    return CheckAll<bf16>({{1, 4, 77, 129, 2, 32},
+                           {2, 3, 300, 65, 1, 32, Mask::kNone, false},
+                           {1, 4, 65, 400, 2, 32, Mask::kEnds, true, true}});
   }
   if (mode != "time") {
     std::vector<Case> cases;
@@ -78,6 +92,7 @@ int main(int argc, char** argv) {
         cases.push_back(c);
       }
     }
+    cases.push_back({2, 7, 129, 700, 3, 32, Mask::kEnds});
     cases.push_back({1, 3, 300, 77, 1, 32}), cases.push_back({3, 5, 1, 200, 2, 32});
     cases.push_back({2, 200, 65, 1, 5, 32}), cases.push_back(cube(512));
     failures += CheckAll<bf16>(cases) + CheckPadding<bf16>(129, 200, 32);
@@ -94,7 +109,7 @@ int main(int argc, char** argv) {
     failures += CheckAll<bf16>({cube(1024), cube(2048, Mask::kNone)});
   }
   if (mode == "time" && argc > 2 && std::atol(argv[2]) > 0) {
-    TimeOne<bf16>(cube(std::atol(argv[2]), Mask::kNone, true));
+    TimePadding<bf16>(cube(std::atol(argv[2]), Mask::kNone, true));
   } else if (mode != "check") {
     for (int64_t n : {64, 128, 256, 384, 512, 768, 1024, 2048}) {
       for (Mask mask : {Mask::kNone, Mask::kRandom}) {
@@ -105,9 +120,9 @@ int main(int argc, char** argv) {
         }
       }
     }
-    for (Mask mask : {Mask::kPadding, Mask::kEmpty, Mask::kSingle}) TimeOne<bf16>(cube(1024, mask));
+    for (int64_t n : {1024, 2048}) TimePadding<bf16>(cube(n, Mask::kNone, true));
+    TimeOne<bf16>(cube(1024, Mask::kSingle));
     Case c = cube(1024, Mask::kNone, true);
-    TimeOne<bf16>(c);
     c.bias = false;
     TimeOne<bf16>(c);
     if (every) {

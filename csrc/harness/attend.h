@@ -10,9 +10,10 @@
 #include "triangle_attention/attend_sm90.h"
 
 // kRandom leaves every fifth row without keys, kSingle one key a row, kPadding the first half of
-// the keys of the first half of the rows.
-enum class Mask { kNone, kRandom, kSingle, kPadding, kEmpty };
-constexpr const char* kMaskNames[] = {"none", "random", "single", "padding", "empty"};
+// the keys of the first half of the rows, kEnds the last keys of odd rows and the first of even
+// ones.
+enum class Mask { kNone, kRandom, kSingle, kPadding, kEmpty, kEnds };
+constexpr const char* kMaskNames[] = {"none", "random", "single", "padding", "empty", "ends"};
 
 struct Case {
   int64_t batch, rows, queries, keys;
@@ -35,6 +36,7 @@ __host__ __device__ inline bool Valid(const Case& c, int64_t b, int64_t i, int64
   if (c.mask == Mask::kNone) return true;
   if (c.mask == Mask::kEmpty) return false;
   if (c.mask == Mask::kSingle) return k == (7 * i + b) % c.keys;
+  if (c.mask == Mask::kEnds) return i % 2 ? k >= c.keys - 3 : k < 5;
   if (c.mask == Mask::kPadding) return i < (c.rows + 1) / 2 && k < (c.keys + 1) / 2;
   return i % 5 != 3 && Draw(5, (uint64_t(b) * 8192 + i) * 8192 + k) > -1.f;
 }

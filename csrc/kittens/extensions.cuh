@@ -20,6 +20,16 @@ __device__ inline void StoreRemote(uint4* to, int rank, uint4 value, kittens::se
       : "memory");
 }
 
+// Arrives if `leads`, by a predicate rather than a branch.
+__device__ inline void ArriveIf(bool leads, kittens::semaphore& s) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n"
+      "@p mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];\n}" ::"r"(
+          kittens::detail::shared_address(&s)),
+      "r"(int{leads})
+      : "memory");
+}
+
 // Keeps the compiler from reading an accumulator before the wait that precedes this call.
 template <typename Tile>
 __device__ inline void Pin(Tile& tile) {

@@ -18,16 +18,19 @@ static_assert(kRows < WARPGROUP_WARPS, "a producer warp a row, and one for the q
 constexpr int kChunk = 256;  // keys whose mask is read at once
 constexpr int kWords = kChunk / WARP_THREADS, kTileWords = kKeys / WARP_THREADS;
 
-// What a row makes of a stage.
-enum Kind { kNone = 0, kSome = 1, kAll = 2, kLast = 4 };
+// What a row makes of a stage: none, some or all of its keys are valid; it is the unit's last, or
+// not.
+enum Kind { kNone = 0, kSome = 1, kAll = 2, kKeyed = kSome | kAll, kLast = 4, kMore = 8 };
 
 template <typename T, int D>
 struct Shape {
   static constexpr int kTiles = D == 64 ? 2 : 4;  // of queries
   static constexpr int kStages = D == 64 ? 2 : 3;
+  static constexpr int kRequests = kStages;  // loads of queries that may wait
   using Queries = st<T, kQueries, D>;
   using Keys = st<T, kKeys, D>;
   using Bias = st<T, kQueries, kKeys>;
+  using BiasBlock = st<T, kTiles * kQueries, kKeys>;  // tiles of queries one after the other
   using Logits = rt_fl<16, kKeys>;
   using Sums = rt_fl<16, D>;
 
@@ -39,6 +42,8 @@ struct Shape {
     int kind[kStages][kRows];
     alignas(8) unsigned valid[2][kRows][kWords];  // bits of the mask, of two chunks
     semaphore arrived[kStages], finished[kStages];
+    bool wanted[kRequests][kRows];  // whether queries are to be loaded
+    semaphore posted[kRequests], taken[kRequests];
     semaphore q_arrived[kRows][kTiles], q_finished[kRows][kTiles];
   };
   static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY);
@@ -47,15 +52,15 @@ struct Shape {
 // A block's share of the work.
 struct Unit {
   int batch, row, head, query;  // the first row and query
-  int tiles;                    // of queries, at most kTiles
+  int tiles;                    // of queries, 2 or 4: the last may have none
 };
 
 template <typename T, int D>
 struct Globals {
   using S = Shape<T, D>;
   using Pairs = gl<T, -1, -1, -1, D, tma::descriptor<typename S::Keys, dim::DEPTH>>;
-  Pairs q, k, v;                                 // [B I, Q or K, H, D]
-  gl<T, -1, -1, -1, -1, typename S::Bias> bias;  // [B, H, Q, Kp]
+  Pairs q, k, v;                                      // [B I, Q or K, H, D]
+  gl<T, -1, -1, -1, -1, typename S::BiasBlock> bias;  // [B, H, Q, Kp]
   PairAttention given;
   int units, row_groups, query_groups;
 
@@ -64,7 +69,7 @@ struct Globals {
     const int group = n % query_groups, rest = n / query_groups, any_group = rest / heads;
     const int query = group * S::kTiles * kQueries;
     return {any_group / row_groups, any_group % row_groups * kRows, rest % heads, query,
-            min(S::kTiles, (queries - query + kQueries - 1) / kQueries)};
+            min(S::kTiles, (queries - query + 2 * kQueries - 1) / (2 * kQueries) * 2)};
   }
 };
 

@@ -14,7 +14,29 @@ struct KeyLoader {
   typename S::Shared& shared;
   int row;
   Ring<S::kStages> ring = {};
+  Ring<S::kRequests> request = {};
   int parity = 0;  // of the chunk in `valid`
+
+  // Tells whether the row's queries of a unit are to be loaded: not if no row has keys.
+  __device__ void Request(bool wanted) {
+    if (laneid() == 0) {
+      wait(shared.taken[request.stage], request.parity ^ 1);
+      shared.wanted[request.stage][row] = wanted;
+      arrive(shared.posted[request.stage]);
+    }
+    request.Advance();
+  }
+
+  // Fetches the mask of a row whose scan comes soon; nothing waits for it.
+  __device__ void Prefetch(const Unit& unit) const {
+    const int at = laneid() * 128;
+    if (!g.given.mask || unit.row + row >= g.given.rows || at >= g.given.keys) return;
+    const int64_t pair_row = unit.batch * g.given.rows + unit.row + row;
+    unsigned unused;
+    asm volatile("ld.global.u8 %0, [%1];"
+                 : "=r"(unused)
+                 : "l"(g.given.mask + pair_row * g.given.keys + at));
+  }
 
   // Puts the mask of keys chunk * kChunk and on into `valid`, as do the other rows' warps.
   __device__ void Scan(int chunk, int pair_row, int own_keys) {
@@ -64,22 +86,26 @@ struct KeyLoader {
       const bool with_bias = row == 0 && wanted && g.given.bias;
       shared.kind[stage][row] = kind | (last ? kLast : 0);
       tma::expect_bytes(arrived, (kind ? 2 * sizeof(typename S::Keys) : 0) +
-                                     (with_bias ? unit.tiles * sizeof(typename S::Bias) : 0));
+                                     (with_bias ? sizeof(typename S::BiasBlock) : 0));
       if (kind) {
         auto &k = shared.k[stage][row], &v = shared.v[stage][row];
         tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {pair_row, tile, unit.head, 0}, arrived);
         tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {pair_row, tile, unit.head, 0}, arrived);
       }
-      for (int t = 0; with_bias && t < unit.tiles; ++t) {
-        tma::load_async(shared.bias[stage][t], g.bias,
-                        {unit.batch, unit.head, unit.query / kQueries + t, tile}, arrived);
+      if (with_bias) {
+        auto& bias = reinterpret_cast<typename S::BiasBlock&>(shared.bias[stage]);
+        tma::load_async(bias, g.bias,
+                        {unit.batch, unit.head, unit.query / (S::kTiles * kQueries), tile},
+                        arrived);
       }
     }
     ring.Advance();
   }
 
   // Tile 0 always makes a stage, others where a row has a valid key.
-  __device__ void LoadUnit(const Unit& unit) {
+  __device__ void LoadUnit(int n) {
+    const Unit unit = g.unit(n);
+    if (n + gridDim.x < g.units) Prefetch(g.unit(n + gridDim.x));
     const int rows = g.given.rows, keys = g.given.keys, tiles = (keys + kKeys - 1) / kKeys;
     const int pair_row = unit.batch * rows + unit.row + row;
     const int own_keys = unit.row + row < rows ? keys : 0;
@@ -91,20 +117,26 @@ struct KeyLoader {
         if (next % (kChunk / kKeys) == 0) Scan(next / (kChunk / kKeys), pair_row, own_keys);
         if (Any(next)) break;
       }
-      Load(unit, pair_row, tile, valid, wanted, next >= tiles);
+      const bool any = valid.x | valid.y, last = next >= tiles;
+      if (tile == 0) Request(any || !last);
+      Load(unit, pair_row, tile, valid, wanted, last);
     }
   }
 };
 
-// One thread: the queries of every row of the block, each tile as soon as its last is read.
+// One thread: the queries of every row of each unit that has keys, each tile as soon as its last is
+// read.
 template <typename T, int D>
 __device__ void LoadQueries(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared) {
   using S = Shape<T, D>;
+  Ring<S::kRequests> request;
   unsigned parities = ~0u;  // a bit a tile of a row
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
+    wait(shared.posted[request.stage], request.parity);
     for (int t = 0; t < unit.tiles; ++t) {
-      for (int row = 0; row < kRows && unit.row + row < g.given.rows; ++row) {
+      for (int row = 0; row < kRows; ++row) {
+        if (!shared.wanted[request.stage][row]) continue;
         const int bit = row * S::kTiles + t;
         wait(shared.q_finished[row][t], parities >> bit & 1);
         parities ^= 1u << bit;
@@ -115,6 +147,8 @@ __device__ void LoadQueries(const Globals<T, D>& g, typename Shape<T, D>::Shared
                                             shared.q_arrived[row][t]);
       }
     }
+    arrive(shared.taken[request.stage]);
+    request.Advance();
   }
 }
 

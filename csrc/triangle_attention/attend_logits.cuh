@@ -61,36 +61,40 @@ struct BiasProduct {
   bool exact;           // the second term is zero
   uint32_t offset;      // of the lane's row of the matrices that it loads
 
-  __device__ explicit BiasProduct(float root) {
+  // `zero` hides its value from the compiler, which copies registers that it knows to be equal into
+  // place for every product.
+  __device__ BiasProduct(float root, int zero) {
     using convert = base_types::convertor<T, float>;
     const T rounded = convert::convert(root);
     const float left = root - base_types::convertor<float, T>::convert(rounded);
-    scale[0] = scale[3] = Diagonal(rounded), scale[1] = scale[2] = 0;
-    for (uint32_t& word : scale) Keep(word);
+    const int lane = laneid(), row = 16 * warpgroup::warpid() + lane % 16;
+    scale[0] = Diagonal(rounded), scale[1] = threadIdx.x & zero;
+    scale[2] = threadIdx.x & zero >> 1, scale[3] = scale[0] | (lane & zero);
     difference = Diagonal(rounded) ^ Diagonal(convert::convert(left));
     exact = left == 0;
-    const int lane = laneid(), row = 16 * warpgroup::warpid() + lane % 16;
     offset = row * 2 * kKeys + ((lane / 16 ^ lane % 8) << 4);
-    Keep(offset);
+    asm volatile("" : "+r"(offset));
   }
 
-  // s = root * bias.
+  // s = root * bias, in its first term.
   template <typename Logits, typename Bias>
-  __device__ void Start(Logits& s, const Bias& bias) {
-    static_assert(Bias::swizzle_bytes == 128 && Bias::cols == kKeys);
-    const uint32_t start = kittens::detail::shared_address(bias.data) + offset;
+  __device__ void Start(Logits& s, const Bias& bias) const {
     warp::zero(s);
-    Add(s, start);
-    if (!exact) {
-      Toggle();
-      Add(s, start);
-      Toggle();
-    }
+    Add(s, bias);
+  }
+  // And in its second.
+  template <typename Logits, typename Bias>
+  __device__ void Finish(Logits& s, const Bias& bias) {
+    Toggle();
+    Add(s, bias);
+    Toggle();
   }
 
  private:
-  template <typename Logits>
-  __device__ void Add(Logits& s, uint32_t start) const {
+  template <typename Logits, typename Bias>
+  __device__ void Add(Logits& s, const Bias& bias) const {
+    static_assert(Bias::swizzle_bytes == 128 && Bias::cols == kKeys);
+    const uint32_t start = kittens::detail::shared_address(bias.data) + offset;
 #pragma unroll
     for (int j = 0; j < Logits::width; ++j) {
       uint32_t b[4];
@@ -111,8 +115,6 @@ struct BiasProduct {
     const int column = laneid() / 4 - laneid() % 4 * 2;
     return column == 0 ? bits : column == 1 ? bits << 16 : 0;
   }
-  // What the compiler cannot make again it keeps in its register.
-  static __device__ void Keep(uint32_t& word) { asm volatile("" : "+r"(word)); }
 };
 
 }  // namespace genie::attend

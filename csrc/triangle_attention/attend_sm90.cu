@@ -6,7 +6,7 @@
 // tiles of 64: K and V of a row serve all its queries, a bias tile serves all rows. Each consumer
 // warpgroup has one row and takes tiles of 64 queries in turn, their sums in registers; while one
 // exponentiates, the products of the others run. Producer warp w loads row w ahead through a ring,
-// leaving out tiles without a valid key.
+// leaving out tiles without a valid key; the queries stay away from rows without one.
 #include <algorithm>
 #include <stdexcept>
 
@@ -15,72 +15,91 @@
 #include "triangle_attention/attend_block.cuh"
 #include "triangle_attention/attend_load.cuh"
 #include "triangle_attention/attend_softmax.cuh"
+#include "triangle_attention/attend_store.cuh"
 
 namespace genie {
 namespace attend {
+
+// What a row does with a stage: its logits, their weights and the sums of all its tiles of queries.
+template <typename T, int D, typename State>
+__device__ __forceinline__ void AttendStage(typename Shape<T, D>::Shared& shared, int row,
+                                            int stage, int tiles, int kind, bool first,
+                                            unsigned q_parities, bool folded,
+                                            BiasProduct<T>& bias_product, State& softmax) {
+  using S = Shape<T, D>;
+  // Logits are in units of q . k until they are exponentiated.
+  const float factor = folded ? 1.f : kLog2E / sqrtf(float(D));
+  const bool releases = kind & kLast && laneid() == 0;
+  const bool rare = !bias_product.exact || kind & kSome || first;  // one branch for what is rare
+#pragma unroll
+  for (int t = 0; t < S::kTiles; ++t) {
+    if (t < 2 || tiles > 2) {
+      typename S::Logits s;
+      const auto& bias = shared.bias[stage][t];
+      bias_product.Start(s, bias);
+      if (rare) {
+        if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
+        if (!bias_product.exact) bias_product.Finish(s, bias);
+        if (kind & kSome) shared.mask[stage][row].Apply(s);
+      }
+      warpgroup::mma_ABt(s, shared.q[row][t], shared.k[stage][row]);
+      warpgroup::mma_async_wait();
+      Pin(s);
+#pragma unroll
+      for (auto& state : softmax) Pin(state.o);
+      ArriveIf(releases, shared.q_finished[row][t]);
+      rt<T, 16, kKeys> p;
+      softmax[t].Add(p, s, factor, first);
+      warpgroup::mma_AB(softmax[t].o, p, shared.v[stage][row]);
+    }
+  }
+  warpgroup::mma_async_wait();
+#pragma unroll
+  for (auto& state : softmax) Pin(state.o);
+}
 
 // Consumer warpgroup `row` of the block.
 template <typename T, int D>
 __device__ void AttendRow(const Globals<T, D>& g, typename Shape<T, D>::Shared& shared, int row) {
   using S = Shape<T, D>;
-  using Logits = typename S::Logits;
-  // Logits are in units of q . k until they are exponentiated.
-  const float root = g.given.folded ? 1.f : sqrtf(float(D));
-  const float factor = g.given.folded ? 1.f : kLog2E / root;
-  BiasProduct<T> bias_product(root);
+  const bool folded = g.given.folded, leads = laneid() == 0;
+  BiasProduct<T> bias_product(folded ? 1.f : sqrtf(float(D)), g.units >> 30);
   Ring<S::kStages> ring;
   unsigned q_parities = 0;
   for (int n = blockIdx.x; n < g.units; n += gridDim.x) {
     const Unit unit = g.unit(n);
-    const bool exists = unit.row + row < g.given.rows;
     Softmax<typename S::Sums> softmax[S::kTiles];
 #pragma unroll
     for (auto& state : softmax) state.Clear();
 
-    bool first = true, q_finished = false;
-    while (true) {
+    int seen = 0, kind;  // of all stages so far, and of this one
+    do {
       wait(shared.arrived[ring.stage], ring.parity);
-      const int kind = __shfl_sync(~0u, shared.kind[ring.stage][row], 0);
-      if (kind & (kSome | kAll)) {
-        q_finished = kind & kLast;
-#pragma unroll
-        for (int t = 0; t < S::kTiles; ++t) {
-          if (t < unit.tiles) {
-            Logits s;
-            bias_product.Start(s, shared.bias[ring.stage][t]);
-            if (kind & kSome) shared.mask[ring.stage][row].Apply(s);
-            if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
-            warpgroup::mma_ABt(s, shared.q[row][t], shared.k[ring.stage][row]);
-            warpgroup::mma_async_wait();
-            Pin(s);
-#pragma unroll
-            for (auto& state : softmax) Pin(state.o);
-            if (q_finished) warp::arrive(shared.q_finished[row][t]);
-            rt<T, 16, kKeys> p;
-            softmax[t].Add(p, s, factor, first);
-            warpgroup::mma_AB(softmax[t].o, p, shared.v[ring.stage][row]);
-          }
-        }
-        first = false;
-        warpgroup::mma_async_wait();
-#pragma unroll
-        for (auto& state : softmax) Pin(state.o);
+      kind = __shfl_sync(~0u, shared.kind[ring.stage][row], 0);
+      if (kind & kKeyed) {
+        const bool first = !(seen & kKeyed);
+        AttendStage<T, D>(shared, row, ring.stage, unit.tiles, kind, first, q_parities, folded,
+                          bias_product, softmax);
       }
-      warp::arrive(shared.finished[ring.stage]);
+      __syncwarp();
+      ArriveIf(leads, shared.finished[ring.stage]);
       ring.Advance();
-      if (kind & kLast) break;
-    }
+      seen |= kind & kLast ? kind : kind | kMore;
+    } while (!(kind & kLast));
 
+    const bool q_loaded = seen != kLast;
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {
-      if (exists && t < unit.tiles) {
-        if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
-        if (!q_finished) warp::arrive(shared.q_finished[row][t]);
-        q_parities ^= 1u << t;
-        Store<T, D>(g.given, softmax[t], unit.batch * g.given.rows + unit.row + row, unit.head,
-                    unit.query + kQueries * t);
+      if (t < unit.tiles) {
+        if (q_loaded && !(seen & kKeyed)) wait(shared.q_arrived[row][t], q_parities >> t & 1);
+        if (q_loaded && !(kind & kKeyed)) ArriveIf(leads, shared.q_finished[row][t]);
+        if (unit.row + row < g.given.rows) {
+          Store<T, D>(g.given, softmax[t], unit.batch * g.given.rows + unit.row + row, unit.head,
+                      unit.query + kQueries * t);
+        }
       }
     }
+    if (q_loaded) q_parities ^= (1u << unit.tiles) - 1;
   }
 }
 
@@ -93,6 +112,10 @@ __global__ __launch_bounds__(kThreads, 1) void Attend(const __grid_constant__ Gl
     for (int s = 0; s < Shape<T, D>::kStages; ++s) {
       init_semaphore(shared.arrived[s], kRows);
       init_semaphore(shared.finished[s], kRows * WARPGROUP_WARPS);
+    }
+    for (int i = 0; i < Shape<T, D>::kRequests; ++i) {
+      init_semaphore(shared.posted[i], kRows);
+      init_semaphore(shared.taken[i], 1);
     }
     for (int i = 0; i < kRows * Shape<T, D>::kTiles; ++i) {
       init_semaphore(shared.q_arrived[0][i], 1);
@@ -110,7 +133,7 @@ __global__ __launch_bounds__(kThreads, 1) void Attend(const __grid_constant__ Gl
     warpgroup::decrease_registers<kProducerRegisters>();
     if (warpgroup::warpid() < kRows) {
       KeyLoader<T, D> loader = {g, shared, warpgroup::warpid()};
-      for (int n = blockIdx.x; n < g.units; n += gridDim.x) loader.LoadUnit(g.unit(n));
+      for (int n = blockIdx.x; n < g.units; n += gridDim.x) loader.LoadUnit(n);
     } else if (laneid() == 0) {
       LoadQueries<T, D>(g, shared);
     }

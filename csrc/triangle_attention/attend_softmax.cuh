@@ -63,7 +63,7 @@ struct Softmax {
   // Raises the peak of rows whose `sums` outgrew it to their largest logit.
   template <typename Logits>
   __device__ void Raise(const Logits& s, float factor, float2 sums) {
-    float2 largest = {-INFINITY, -INFINITY};
+    float2 largest = {-1e30f, -1e30f};  // finite, even if all logits are -inf
 #pragma unroll
     for (int j = 0; j < Logits::width; ++j) {
 #pragma unroll
@@ -100,33 +100,5 @@ struct Softmax {
     total.x += sums.x, total.y += sums.y;
   }
 };
-
-// Writes one tile of 64 queries of row `pair_row`, and their log-sum-exp if it is wanted.
-template <typename T, int D, typename State>
-__device__ void Store(const PairAttention& given, State& state, int64_t pair_row, int head,
-                      int query) {
-  const int lane = laneid();
-  query += 16 * warpgroup::warpid() + lane / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half, query += 8) {
-    const float total = QuadSum(half ? state.total.y : state.total.x);
-    const float peak = half ? state.peak.y : state.peak.x;
-    if (query >= given.queries) continue;
-    const float inverse = total > 0 ? 1 / total : 0.f;
-    T* to = static_cast<T*>(given.o) +
-            ((pair_row * given.queries + query) * given.heads + head) * D + 2 * (lane % 4);
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      float2 x = state.o.tiles[0][j / 2].data[j % 2 * 2 + half];
-      x.x *= inverse, x.y *= inverse;
-      using pair = typename base_types::packing<T>::packed_type;
-      *reinterpret_cast<pair*>(to + 8 * j) = base_types::convertor<pair, float2>::convert(x);
-    }
-    if (given.lse && lane % 4 == 0) {
-      given.lse[(pair_row * given.heads + head) * given.queries + query] =
-          total > 0 ? (peak + log2f(total)) * kLn2 : -INFINITY;
-    }
-  }
-}
 
 }  // namespace genie::attend
