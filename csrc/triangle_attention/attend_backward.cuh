@@ -16,8 +16,8 @@ constexpr int kTile = 64;      // queries or keys of a tile: the rows of one WGM
 constexpr int kConsumers = 2;  // warpgroups that compute, each on tiles of its own
 constexpr int kBlock = kConsumers * kTile;
 constexpr int kThreads = (kConsumers + 1) * WARPGROUP_THREADS;
-constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
-static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 512);
+constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
 constexpr int kArrivals = kConsumers * WARPGROUP_WARPS;  // of consumers that finished with a stage
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -93,6 +93,24 @@ __device__ inline bool IsValid(const AttendBackward& given, int64_t any_row, int
   if (key >= given.keys) return false;
   return !given.mask || __ldg(given.mask + any_row * given.keys + key);
 }
+
+// The mask of two keys as it is read: nothing waits for it before it is asked for its meaning.
+struct KeyPair {
+  uint8_t first, second;
+
+  __device__ void Read(const AttendBackward& given, int64_t any_row, int key) {
+    if (!given.mask) return;
+    const uint8_t* row = given.mask + any_row * given.keys;
+    const int last = given.keys - 1;
+    first = __ldg(row + min(key, last)), second = __ldg(row + min(key + 1, last));
+  }
+  // 0 for a key that takes part and -inf for one that does not, in both halves of a pair.
+  template <typename T>
+  __device__ uint32_t Hidden(const AttendBackward& given, int key) const {
+    return HiddenPair<T>(key < given.keys && (!given.mask || first),
+                         key + 1 < given.keys && (!given.mask || second));
+  }
+};
 
 // S becomes P: rows are queries, columns keys. `negative_lse` is that of the thread's two rows,
 // `hidden` holds 0 or -inf for each of the 64 keys.

@@ -45,12 +45,20 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g, int items,
     }
     item_turn.Next();
 
+    KeyPair own[kRows<D>][kConsumers];
     bool any_valid = false;
     const int rows = min(kRows<D>, static_cast<int>(given.rows) - item.row);
-    for (int r = 0; r < rows; ++r) {
-      for (int i = lane; i < kBlock; i += WARP_THREADS) {
-        any_valid |= IsValid(given, item.any_row + r, kBlock * item.tile + i);
-      }
+#pragma unroll
+    for (int i = 0; i < kRows<D> * kConsumers; ++i) {
+      const int r = i / kConsumers, w = i % kConsumers;
+      own[r][w].Read(given, item.any_row + min(r, rows - 1),
+                     kBlock * item.tile + kTile * w + 2 * lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows<D> * kConsumers; ++i) {
+      const int r = i / kConsumers, w = i % kConsumers;
+      any_valid |= own[r][w].template Hidden<T>(given, kBlock * item.tile + kTile * w + 2 * lane) !=
+                   HiddenPair<T>(false, false);
     }
     const int own_tiles = __any_sync(~0u, any_valid) ? query_tiles : 0;
 

@@ -60,14 +60,19 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g) {
     }
   }
 
-  // Lane l reads the mask of keys 2 l and 2 l + 1 of each half, a row ahead of its use.
-  uint32_t next[kHalves];
+  // Lane l reads the mask of keys 2 l and 2 l + 1 of each half and the values of queries 4 l to
+  // 4 l + 3, a row ahead of their use.
+  const int key = kBlock * place.key_block + 2 * lane;
+  const int query = kBlock * place.query_block + 4 * lane;
+  KeyPair next[kHalves];
+  float4 next_lse, next_delta;
   const auto read = [&](int64_t row) {
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const int key = kBlock * place.key_block + kTile * half + 2 * lane;
-      next[half] = HiddenPair<T>(IsValid(given, row, key), IsValid(given, row, key + 1));
-    }
+    for (int half = 0; half < kHalves; ++half) next[half].Read(given, row, key + kTile * half);
+    const float* from = given.query_rows + 2 * (row * given.heads + place.head) * queries_padded;
+    from += min(query, queries_padded - 4);
+    next_lse = __ldg(reinterpret_cast<const float4*>(from));
+    next_delta = __ldg(reinterpret_cast<const float4*>(from + queries_padded));
   };
   if (place.first_row < place.end_row) read(place.first_row);
   for (int64_t row = place.first_row; row <= place.end_row; ++row) {
@@ -76,20 +81,16 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g) {
     bool any_valid = ends;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      hidden[half] = next[half];
+      hidden[half] = next[half].template Hidden<T>(given, key + kTile * half);
       any_valid |= hidden[half] != HiddenPair<T>(false, false);
     }
+    // Queries past the padded end have zero d_o and q; they read as rows without keys.
+    constexpr float kNone = -INFINITY;
+    const bool reads = query < queries_padded;
+    const float4 lse = reads ? next_lse : float4{kNone, kNone, kNone, kNone};
+    const float4 delta = reads ? next_delta : float4{};
     if (row + 1 < place.end_row) read(row + 1);
     if (!__any_sync(~0u, any_valid)) continue;
-
-    // Queries past the padded end have zero d_o and q; they read as rows without keys.
-    const int query = kBlock * place.query_block + 4 * lane;
-    float4 lse = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, delta = {};
-    if (!ends && query < queries_padded) {
-      const float* from = given.query_rows + 2 * (row * given.heads + place.head) * queries_padded;
-      lse = __ldg(reinterpret_cast<const float4*>(from + query));
-      delta = __ldg(reinterpret_cast<const float4*>(from + queries_padded + query));
-    }
     const int s = turn.stage;
     wait(shared.finished[s], turn.parity ^ 1);
 #pragma unroll

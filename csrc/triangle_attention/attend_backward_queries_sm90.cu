@@ -48,14 +48,12 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g, int items,
     item_turn.Next();
 
     // Lane l reads the mask of keys 2 l and 2 l + 1, a tile ahead of its use.
-    uint32_t next[kRows<D>];
+    KeyPair next[kRows<D>];
+    const int rows = min(kRows<D>, static_cast<int>(g.given.rows) - item.row);
     const auto read = [&](int tile) {
 #pragma unroll
       for (int r = 0; r < kRows<D>; ++r) {
-        const int key = kTile * tile + 2 * lane;
-        const bool has_row = item.row + r < g.given.rows;
-        next[r] = HiddenPair<T>(has_row && IsValid(g.given, item.any_row + r, key),
-                                has_row && IsValid(g.given, item.any_row + r, key + 1));
+        next[r].Read(g.given, item.any_row + min(r, rows - 1), kTile * tile + 2 * lane);
       }
     };
     read(0);
@@ -64,7 +62,8 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g, int items,
       bool any_valid = tile == key_tiles;
 #pragma unroll
       for (int r = 0; r < kRows<D>; ++r) {
-        hidden[r] = next[r];
+        hidden[r] = r < rows ? next[r].template Hidden<T>(g.given, kTile * tile + 2 * lane)
+                             : HiddenPair<T>(false, false);
         any_valid |= hidden[r] != HiddenPair<T>(false, false);
       }
       if (tile + 1 < key_tiles) read(tile + 1);
