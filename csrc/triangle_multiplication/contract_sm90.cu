@@ -140,6 +140,7 @@ __global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ 
       init_semaphore(shared.arrived[stage], 0, 1);
       init_semaphore(shared.finished[stage], kConsumers * WARPGROUP_WARPS, 0);
     }
+    init_semaphore(shared.all_loaded, 1, 0);
   }
   everyone::sync(0);
   const bool masked = g.masked();
@@ -158,9 +159,9 @@ __global__ __launch_bounds__(kThreads, 1) void Contract(const __grid_constant__ 
           }
         }
       });
-      if (masked) warpgroup::sync(1);
+      warp::arrive(shared.all_loaded);
     } else if (masked) {  // Zeros come last: beside the loads, they delay them.
-      warpgroup::sync(1);
+      wait(shared.all_loaded, 0);
       ForEachTile<S>(g, [&](const Place& at, int steps) {
         if (steps == 0) StoreZeros<S>(g.operations[at.operation], at);
       });

@@ -38,6 +38,7 @@ struct Shape {
     Stage stages[kStages];
     Output out[kConsumers * WARPGROUP_WARPS][2];
     semaphore arrived[kStages], finished[kStages];
+    semaphore all_loaded;
   };
   static_assert(sizeof(Shared) + 1024 <= MAX_SHARED_MEMORY);
 };
