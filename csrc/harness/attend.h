@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "harness/check.h"
+#include "harness/device.h"
 #include "triangle_attention/attend_sm90.h"
 
 // kRandom leaves every fifth row without keys, kSingle one key a row, kPadding the first half of
@@ -116,22 +116,19 @@ class Problem {
  public:
   explicit Problem(const Case& c) : c_(c) {
     const int64_t width = c.batch * c.rows * c.heads * c.dim;
-    Allocate(&q_, width * c.queries * sizeof(T));
-    Allocate(&k_, width * c.keys * sizeof(T));
-    Allocate(&v_, width * c.keys * sizeof(T));
-    Allocate(&bias_, c.batch * c.heads * c.queries * c.padded() * sizeof(T));
-    Allocate(&mask_, c.batch * c.rows * c.keys);
-    Allocate(&o_, o_bytes() + kGuard);
-    Allocate(&lse_, lse_bytes() + kGuard);
+    memory_.Allocate(&q_, width * c.queries * sizeof(T));
+    memory_.Allocate(&k_, width * c.keys * sizeof(T));
+    memory_.Allocate(&v_, width * c.keys * sizeof(T));
+    memory_.Allocate(&bias_, c.batch * c.heads * c.queries * c.padded() * sizeof(T));
+    memory_.Allocate(&mask_, c.batch * c.rows * c.keys);
+    memory_.Allocate(&o_, o_bytes() + kGuard);
+    memory_.Allocate(&lse_, lse_bytes() + kGuard);
     FillRows<<<4096, 256>>>(q_, c, c.queries, 1);
     FillRows<<<4096, 256>>>(k_, c, c.keys, 2);
     FillRows<<<4096, 256>>>(v_, c, c.keys, 3);
     FillBias<<<4096, 256>>>(bias_, c);
     FillMask<<<4096, 256>>>(mask_, c);
     Check(cudaDeviceSynchronize(), "fill");
-  }
-  ~Problem() {
-    for (void* p : allocations_) cudaFree(p);
   }
 
   void Run() {
@@ -157,7 +154,7 @@ class Problem {
   // Runs twice into poisoned outputs; prints a line and returns whether all is well.
   bool Verify() {
     T* kept;
-    Allocate(&kept, o_bytes());
+    memory_.Allocate(&kept, o_bytes());
     bool guarded = true;
     for (int run = 0; run < 2; ++run) {
       Check(cudaMemset(o_, 0xFF, o_bytes() + kGuard), "poison");
@@ -168,7 +165,7 @@ class Problem {
       if (run == 0) Check(cudaMemcpy(kept, o_, o_bytes(), cudaMemcpyDeviceToDevice), "keep");
     }
     unsigned long long *device_faults, faults[2];
-    Allocate(&device_faults, 16);
+    memory_.Allocate(&device_faults, 16);
     Check(cudaMemset(device_faults, 0, 16), "faults");
     Inspect<<<4096, 256>>>(reinterpret_cast<uint16_t*>(o_), reinterpret_cast<uint16_t*>(kept),
                            c_.outputs(), std::is_same_v<T, __half> ? 0x7C00 : 0x7F80,
@@ -192,29 +189,13 @@ class Problem {
   // The output, for a comparison of bits.
   std::vector<uint16_t> Output() {
     Run();
-    return ToHost(reinterpret_cast<uint16_t*>(o_), c_.outputs());
+    return Memory::ToHost(reinterpret_cast<uint16_t*>(o_), c_.outputs());
   }
 
   // Median milliseconds of a call.
   float Time() {
-    constexpr int kRepeats = 11;
     const double logits = double(c_.batch) * c_.rows * c_.queries * c_.keys * c_.heads;
-    const int calls = std::clamp(int(3e9 / logits), 1, 50);
-    cudaEvent_t start, stop;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    std::vector<float> times;
-    for (int r = -2; r < kRepeats; ++r) {
-      cudaEventRecord(start);
-      for (int i = 0; i < calls; ++i) Run();
-      cudaEventRecord(stop);
-      Check(cudaEventSynchronize(stop), "time");
-      float milliseconds;
-      cudaEventElapsedTime(&milliseconds, start, stop);
-      if (r >= 0) times.push_back(milliseconds / calls);
-    }
-    std::sort(times.begin(), times.end());
-    return times[kRepeats / 2];
+    return MedianTime([&](int) { Run(); }, 11, std::clamp(int(3e9 / logits), 1, 50));
   }
 
  private:
@@ -222,19 +203,8 @@ class Problem {
 
   int64_t o_bytes() const { return c_.outputs() * sizeof(T); }
   int64_t lse_bytes() const { return c_.outputs() / c_.dim * sizeof(float); }
-  template <typename P>
-  void Allocate(P** to, int64_t bytes) {
-    Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");
-    allocations_.push_back(*to);
-  }
-  template <typename P>
-  std::vector<P> ToHost(const P* from, int64_t size) {
-    std::vector<P> to(size);
-    Check(cudaMemcpy(to.data(), from, size * sizeof(P), cudaMemcpyDeviceToHost), "to host");
-    return to;
-  }
   bool Guarded(const void* data, int64_t bytes) {
-    const auto guard = ToHost(static_cast<const uint8_t*>(data) + bytes, kGuard);
+    const auto guard = Memory::ToHost(static_cast<const uint8_t*>(data) + bytes, kGuard);
     return std::all_of(guard.begin(), guard.end(), [](uint8_t x) { return x == 0xFF; });
   }
 
@@ -254,12 +224,12 @@ class Problem {
     }
     Place* device_places;
     float* gathered;
-    Allocate(&device_places, samples * sizeof(Place));
-    Allocate(&gathered, int64_t{samples} * (c_.dim + 1) * sizeof(float));
+    memory_.Allocate(&device_places, samples * sizeof(Place));
+    memory_.Allocate(&gathered, int64_t{samples} * (c_.dim + 1) * sizeof(float));
     Check(cudaMemcpy(device_places, places.data(), samples * sizeof(Place), cudaMemcpyHostToDevice),
           "places");
     Gather<<<samples, 64>>>(o_, lse_, device_places, gathered, c_);
-    const auto got = ToHost(gathered, int64_t{samples} * (c_.dim + 1));
+    const auto got = Memory::ToHost(gathered, int64_t{samples} * (c_.dim + 1));
     constexpr int kThreads = 16;
     double sums[kThreads][4] = {};
     std::vector<std::thread> threads;
@@ -321,7 +291,7 @@ class Problem {
   }
 
   Case c_;
-  std::vector<void*> allocations_;
+  Memory memory_;
   T *q_, *k_, *v_, *bias_, *o_;
   uint8_t* mask_;
   float* lse_;

@@ -16,7 +16,7 @@ class Problem {
   // Timing does not need o and lse to be those of the other operands, which take long to find.
   explicit Problem(const Case& c, bool exact = true) : c_(c) {
     const auto fill = [&](T** to, int64_t size, uint32_t seed, float amplitude) {
-      Allocate(to, size * sizeof(T));
+      memory_.Allocate(to, size * sizeof(T));
       Fill<<<4096, 256>>>(*to, size, seed, amplitude);
     };
     fill(&q_, c.q_size(), 1, c.sharp);
@@ -24,9 +24,9 @@ class Problem {
     fill(&v_, c.k_size(), 3, 1);
     fill(&d_o_, c.q_size(), 4, c.upstream);
     fill(&bias_, c.bias_size(), 6, c.bias);
-    Allocate(&o_, c.q_size() * sizeof(T));
-    Allocate(&lse_, c.row_size() * 4);
-    Allocate(&mask_, c.batch * c.rows * c.keys);
+    memory_.Allocate(&o_, c.q_size() * sizeof(T));
+    memory_.Allocate(&lse_, c.row_size() * 4);
+    memory_.Allocate(&mask_, c.batch * c.rows * c.keys);
     FillMask<<<4096, 256>>>(mask_, c.batch * c.rows, c.keys, c.mask);
     if (exact) {
       Forward<<<4096, 128>>>(q_, k_, v_, bias_, mask_, o_, lse_, c, float(c.scale()),
@@ -37,16 +37,13 @@ class Problem {
     }
     bytes_[0] = c.q_size() * sizeof(T), bytes_[1] = bytes_[2] = c.k_size() * sizeof(T);
     bytes_[3] = c.bias != 0 ? c.bias_size() * 4 : 0;
-    for (int i = 0; i < 4; ++i) Allocate(&out_[i], bytes_[i] + kGuard);
+    for (int i = 0; i < 4; ++i) memory_.Allocate(&out_[i], bytes_[i] + kGuard);
     const int64_t row_bytes = c.batch * c.rows * c.heads * 2 * genie::PaddedQueries(c.queries) * 4;
-    Allocate(&query_rows_, row_bytes);
+    memory_.Allocate(&query_rows_, row_bytes);
     Check(cudaMemset(query_rows_, 0xFF, row_bytes), "poison");
-    Allocate(&chunk_sums_, c.chunks * c.bias_size() * 4);
+    memory_.Allocate(&chunk_sums_, c.chunks * c.bias_size() * 4);
     Check(cudaMemset(chunk_sums_, 0xFF, c.chunks * c.bias_size() * 4), "poison");
     Check(cudaDeviceSynchronize(), "fill");
-  }
-  ~Problem() {
-    for (void* p : allocations_) cudaFree(p);
   }
 
   genie::AttendBackward Arguments() const {
@@ -102,31 +99,10 @@ class Problem {
 
   // Median milliseconds of a call.
   float Time() {
-    constexpr int kRepeats = 9, kCalls = 3;
-    cudaEvent_t start, stop;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    std::vector<float> times;
-    for (int r = -2; r < kRepeats; ++r) {
-      cudaEventRecord(start);
-      for (int i = 0; i < kCalls; ++i) Check(genie::Launch(Arguments(), nullptr), "launch");
-      cudaEventRecord(stop);
-      Check(cudaEventSynchronize(stop), "time");
-      float milliseconds;
-      cudaEventElapsedTime(&milliseconds, start, stop);
-      if (r >= 0) times.push_back(milliseconds / kCalls);
-    }
-    std::sort(times.begin(), times.end());
-    return times[kRepeats / 2];
+    return MedianTime([&](int) { Check(genie::Launch(Arguments(), nullptr), "launch"); }, 9, 3);
   }
 
  private:
-  template <typename P>
-  void Allocate(P** to, int64_t bytes) {
-    Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");
-    allocations_.push_back(*to);
-  }
-
   // Elements that must be exact zeros and are not.
   int64_t NotZero() const {
     int64_t stray = 0;
@@ -242,7 +218,7 @@ class Problem {
   const T* low_[3];
   const float* d_bias_;
   Sums sums_[4];
-  std::vector<void*> allocations_;
+  Memory memory_;
 };
 
 template <typename T>

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "harness/check.h"
+#include "harness/device.h"
 #include "triangle_attention/attend_backward_sm90.h"
 
 enum class Mask { kNone, kRandom, kPadded, kEmpty };

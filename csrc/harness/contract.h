@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "harness/check.h"
+#include "harness/device.h"
 #include "triangle_multiplication/contract_sm90.h"
 
 using genie::Float;
@@ -107,16 +107,13 @@ class Problem {
     shape_[1] = c.incoming ? describe(c.k, c.j, 2, c.mask) : describe(c.j, c.k, 2, c.mask);
     shape_[2] = describe(c.i, c.j, 3, Mask::kNone);
     for (int n = 0; n < 3; ++n) {
-      Allocate(&in_[n], matrices_ * shape_[n].size() * sizeof(T));
-      Allocate(&out_[n], matrices_ * shape_[n].size() * sizeof(Out) + kGuard);
-      Allocate(&mask_[n], c.batch * shape_[n].size());
-      Allocate(&live_[n], Live(n));
+      memory_.Allocate(&in_[n], matrices_ * shape_[n].size() * sizeof(T));
+      memory_.Allocate(&out_[n], matrices_ * shape_[n].size() * sizeof(Out) + kGuard);
+      memory_.Allocate(&mask_[n], c.batch * shape_[n].size());
+      memory_.Allocate(&live_[n], Live(n));
       Fill<<<4096, 256>>>(in_[n], mask_[n], shape_[n], matrices_, c.channels);
     }
     Check(cudaDeviceSynchronize(), "fill");
-  }
-  ~Problem() {
-    for (void* p : allocations_) cudaFree(p);
   }
 
   // The products named by `which`, a letter each: t, a, b.
@@ -151,7 +148,7 @@ class Problem {
   bool Verify(const char* which) {
     bool all_good = true, guarded[2] = {true, true};
     Out* kept[2];
-    for (int n = 0; which[n]; ++n) Allocate(&kept[n], Bytes(which[n]));
+    for (int n = 0; which[n]; ++n) memory_.Allocate(&kept[n], Bytes(which[n]));
     for (int run = 0; run < 2; ++run) {
       for (int n = 0; which[n]; ++n) {
         Check(cudaMemset(Result(which[n]), 0xFF, Bytes(which[n]) + kGuard), "poison");
@@ -175,30 +172,13 @@ class Problem {
 
   // Median milliseconds of a call; the operands of 1,024 pairs and more outgrow L2.
   float Time(const char* which) {
-    constexpr int kRepeats = 9, kCalls = 8;
+    constexpr int kCalls = 8;
     cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t calls;  // a graph, so that small sizes show the device's time, not the host's
     Check(cudaStreamCreate(&stream), "stream");
-    Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-    for (int i = 0; i < kCalls; ++i) Run(which, stream);
-    Check(cudaStreamEndCapture(stream, &graph), "capture");
-    Check(cudaGraphInstantiate(&calls, graph), "graph");
-    cudaEvent_t start, stop;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    std::vector<float> times;
-    for (int r = -2; r < kRepeats; ++r) {
-      cudaEventRecord(start, stream);
-      Check(cudaGraphLaunch(calls, stream), "calls");
-      cudaEventRecord(stop, stream);
-      Check(cudaEventSynchronize(stop), "time");
-      float milliseconds;
-      cudaEventElapsedTime(&milliseconds, start, stop);
-      if (r >= 0) times.push_back(milliseconds / kCalls);
-    }
-    std::sort(times.begin(), times.end());
-    return times[kRepeats / 2];
+    const Graph calls(stream, [&] {
+      for (int i = 0; i < kCalls; ++i) Run(which, stream);
+    });
+    return MedianTime([&](int) { calls.Launch(); }, 9, 1, stream) / kCalls;
   }
 
   // The result's valid part, in order, for comparison with another padding's.
@@ -226,18 +206,13 @@ class Problem {
   int64_t Live(int n) const {
     return genie::LiveSize(c_.batch, shape_[n].padded_rows, shape_[n].padded_columns);
   }
-  template <typename P>
-  void Allocate(P** to, int64_t bytes) {
-    Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");
-    allocations_.push_back(*to);
-  }
 
   bool Judge(char which, const Out* kept, bool guarded) {
     const genie::Product p = ProductOf(which);
     const Matrix m = shape_[Index(which)];
     Faults* device;
     Faults f = {};
-    Allocate(&device, sizeof(f));
+    memory_.Allocate(&device, sizeof(f));
     Check(cudaMemset(device, 0, sizeof(f)), "faults");
     const int64_t every = std::max<int64_t>(1, matrices_ * m.size() * p.depth / 2000000000);
     Compare<T, Out><<<4096, 256>>>(p, kept, m, matrices_, c_.channels, every, device);
@@ -266,5 +241,5 @@ class Problem {
   T* in_[3];         // a, b, dt
   Out* out_[3];      // da, db, t
   uint8_t *mask_[3], *live_[3];
-  std::vector<void*> allocations_;
+  Memory memory_;
 };

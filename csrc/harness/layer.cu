@@ -3,12 +3,11 @@
 // kernel which starts before it may changes the bits. They are compared with those of launches one
 // at a time, then timed: as a stream and as a graph, and each kernel alone. Exits with the number
 // of failures. `time` leaves out the checks.
-#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "harness/check.h"
+#include "harness/device.h"
 #include "triangle_multiplication/contract_sm90.h"
 #include "triangle_multiplication/output_sm90.h"
 #include "triangle_multiplication/project_sm90.h"
@@ -19,14 +18,6 @@ using genie::Float;
 using Bf16 = __nv_bfloat16;
 
 constexpr int kChannels = 128, kLayers = 8, kRepeats = 9;
-
-template <typename T>
-__global__ void Fill(T* to, int64_t size, uint32_t seed, float scale, float offset) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    to[i] = Round<T>(offset + scale * Draw(seed, i));
-  }
-}
 
 class Layer {
  public:
@@ -80,10 +71,7 @@ class Layer {
                .epsilon = 1e-5f};
     Check(cudaStreamCreate(&stream_), "stream");
   }
-  ~Layer() {
-    for (void* p : allocations_) cudaFree(p);
-    cudaStreamDestroy(stream_);
-  }
+  ~Layer() { cudaStreamDestroy(stream_); }
 
   // One stage of a layer, from z_[layer % 2] to the other.
   void Stage(int stage, int layer) {
@@ -129,29 +117,9 @@ class Layer {
         for (int stage : stages) Stage(stage, layer);
       }
     };
-    cudaGraph_t graph;
-    cudaGraphExec_t calls;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal), "capture");
-    run();
-    Check(cudaStreamEndCapture(stream_, &graph), "capture");
-    Check(cudaGraphInstantiate(&calls, graph), "graph");
-    cudaEvent_t start, stop;
-    cudaEventCreate(&start);
-    cudaEventCreate(&stop);
-    std::vector<float> times;
-    for (int r = -2; r < kRepeats; ++r) {
-      cudaEventRecord(start, stream_);
-      as_graph ? Check(cudaGraphLaunch(calls, stream_), "calls") : run();
-      cudaEventRecord(stop, stream_);
-      Check(cudaEventSynchronize(stop), "time");
-      float milliseconds;
-      cudaEventElapsedTime(&milliseconds, start, stop);
-      if (r >= 0) times.push_back(milliseconds / kLayers);
-    }
-    cudaGraphExecDestroy(calls);
-    cudaGraphDestroy(graph);
-    std::sort(times.begin(), times.end());
-    return times[kRepeats / 2];
+    const Graph calls(stream_, run);
+    const auto sample = [&](int) { as_graph ? calls.Launch() : run(); };
+    return MedianTime(sample, kRepeats, 1, stream_) / kLayers;
   }
 
   void Report() {
@@ -165,11 +133,10 @@ class Layer {
  private:
   template <typename T>
   T* Make(int64_t size, uint32_t seed, float scale, float offset) {
-    void* p;
-    Check(cudaMalloc(&p, size * sizeof(T)), "cudaMalloc");
-    allocations_.push_back(p);
-    Fill<<<1024, 256>>>(static_cast<T*>(p), size, seed, scale, offset);
-    return static_cast<T*>(p);
+    T* to;
+    memory_.Allocate(&to, size * sizeof(T));
+    FillDraws<<<1024, 256>>>(to, size, seed, scale, offset);
+    return to;
   }
 
   int64_t n_, elements_;
@@ -178,7 +145,7 @@ class Layer {
   genie::Contraction contract_ = {};
   genie::GatedOutput output_ = {};
   cudaStream_t stream_;
-  std::vector<void*> allocations_;
+  Memory memory_;
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the harnesses of the stages share: masks, device memory, weights known to both sides,
-// results that are run twice, errors against float64, and time.
+// What the harnesses of the stages share: masks, weights known to both sides, results that are run
+// twice, and errors against float64.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "floats.h"
-#include "harness/check.h"
+#include "harness/device.h"
 
 using genie::Float;
 
@@ -26,38 +26,6 @@ template <typename T>
 constexpr Float kFloat = std::is_same_v<T, __half> ? Float::kF16 : Float::kBf16;
 template <typename T>
 constexpr const char* kName = std::is_same_v<T, __half> ? "f16 " : "bf16";
-
-template <typename T>
-__global__ void FillDraws(T* to, int64_t size, uint32_t seed, float scale, float offset) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < size; i += step) {
-    to[i] = Round<T>(offset + scale * Draw(seed, i));
-  }
-}
-
-// Device memory that is freed with its owner.
-class Memory {
- public:
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  ~Memory() {
-    for (void* p : allocations_) cudaFree(p);
-  }
-  template <typename P>
-  void Allocate(P** to, int64_t bytes) {
-    Check(cudaMalloc(reinterpret_cast<void**>(to), std::max<int64_t>(bytes, 16)), "cudaMalloc");
-    allocations_.push_back(*to);
-  }
-  template <typename P>
-  static std::vector<P> ToHost(const P* from, int64_t size) {
-    std::vector<P> to(size);
-    Check(cudaMemcpy(to.data(), from, size * sizeof(P), cudaMemcpyDeviceToHost), "to host");
-    return to;
-  }
-
- private:
-  std::vector<void*> allocations_;
-};
 
 // A weight, stored as float32 or T and known to the host.
 template <typename T>
@@ -206,26 +174,6 @@ void Compare(int samples, Errors (&errors)[count],
 
 // How many inputs and outputs of these bytes outgrow L2 together.
 inline int Copies(double bytes) { return std::clamp(static_cast<int>(3e8 / bytes) + 1, 1, 8); }
-
-// Median milliseconds of call(i), i counting calls.
-inline float MedianTime(const std::function<void(int)>& call) {
-  constexpr int kRepeats = 15, kCalls = 8;
-  cudaEvent_t start, stop;
-  cudaEventCreate(&start);
-  cudaEventCreate(&stop);
-  std::vector<float> times;
-  for (int r = -3; r < kRepeats; ++r) {
-    cudaEventRecord(start);
-    for (int i = 0; i < kCalls; ++i) call(i);
-    cudaEventRecord(stop);
-    Check(cudaEventSynchronize(stop), "time");
-    float milliseconds;
-    cudaEventElapsedTime(&milliseconds, start, stop);
-    if (r >= 0) times.push_back(milliseconds / kCalls);
-  }
-  std::sort(times.begin(), times.end());
-  return times[kRepeats / 2];
-}
 
 // How many cases fail.
 template <typename Problem, typename Case>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <string>
 
 #include "ffi.h"
 #include "triangle_multiplication/project_sm90.h"
@@ -33,6 +34,22 @@ inline Error KernelDtypeStatus(DataType z, const AnyBuffer& proj_kernel,
     return Error::InvalidArgument("proj_kernel and gate_kernel must both be float32 or z's dtype");
   }
   return Error::Success();
+}
+
+// An error unless z has 16 bits, all that is like it, under these names, has its dtype, and both
+// kernels do, or hold float32.
+inline Error ProjectionDtypeStatus(const AnyBuffer& z, const char* names,
+                                   std::initializer_list<AnyBuffer> like_z,
+                                   const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel) {
+  const DataType dtype = z.element_type();
+  if (dtype != DataType::BF16 && dtype != DataType::F16) {
+    return Error::InvalidArgument("z must be bfloat16 or float16");
+  }
+  for (const AnyBuffer& buffer : like_z) {
+    if (buffer.element_type() == dtype) continue;
+    return Error::InvalidArgument(std::string(names) + " must have z's dtype");
+  }
+  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
 }
 
 // An error unless pairs of channels have z's dtype and contractions the one that goes with it.

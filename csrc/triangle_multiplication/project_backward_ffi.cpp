@@ -8,21 +8,6 @@ namespace {
 using xla::ffi::F32;
 using xla::ffi::PRED;
 
-// An error unless z has 16 bits, all that is like it has its dtype, and both kernels do, or hold
-// float32.
-Error DtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> like_z,
-                  const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel) {
-  const DataType dtype = z.element_type();
-  if (dtype != DataType::BF16 && dtype != DataType::F16) {
-    return Error::InvalidArgument("z must be bfloat16 or float16");
-  }
-  for (const AnyBuffer& buffer : like_z) {
-    if (buffer.element_type() == dtype) continue;
-    return Error::InvalidArgument("da, db, dz_in and dz must have z's dtype");
-  }
-  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
-}
-
 // dz_in, if there, is what dz starts from; Python gives its memory away.
 Error GatedProjectionBackwardHandler(
     cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask, AnyBuffer da, AnyBuffer db,
@@ -40,7 +25,8 @@ Error GatedProjectionBackwardHandler(
                 parts = partials->dimensions()[1];
   const bool adds = dz_in.dimensions().size() == 4;
   for (const Error& error :
-       {DtypeStatus(z, {da, db, *dz, adds ? dz_in : *dz}, proj_kernel, gate_kernel),
+       {ProjectionDtypeStatus(z, "da, db, dz_in and dz", {da, db, *dz, adds ? dz_in : *dz},
+                              proj_kernel, gate_kernel),
         ShapeStatus("da and db", {batch, hidden, Padded(rows), Padded(columns)}, da, db),
         ShapeStatus("dz_in and dz", {batch, rows, columns, channels}, *dz, adds ? dz_in : *dz),
         ShapeStatus("mask", {batch, rows, columns}, mask),

@@ -8,19 +8,6 @@ namespace {
 using xla::ffi::F32;
 using xla::ffi::PRED;
 
-// An error unless z has 16 bits, a and b are like it, and both kernels are, or hold float32.
-Error DtypeStatus(const AnyBuffer& z, const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel,
-                  const AnyBuffer& a, const AnyBuffer& b) {
-  const DataType dtype = z.element_type();
-  if (dtype != DataType::BF16 && dtype != DataType::F16) {
-    return Error::InvalidArgument("z must be bfloat16 or float16");
-  }
-  if (a.element_type() != dtype || b.element_type() != dtype) {
-    return Error::InvalidArgument("a and b must have z's dtype");
-  }
-  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
-}
-
 Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3> mask,
                              Buffer<F32, 1> norm_scale, Buffer<F32, 1> norm_bias,
                              AnyBuffer proj_kernel, AnyBuffer gate_kernel,
@@ -33,7 +20,7 @@ Error GatedProjectionForward(cudaStream_t stream, AnyBuffer z, Optional<PRED, 3>
                 channels = z.dimensions()[3], hidden = a->dimensions()[1],
                 rows_padded = Padded(rows), columns_padded = Padded(columns);
   for (const Error& error :
-       {DtypeStatus(z, proj_kernel, gate_kernel, *a, *b),
+       {ProjectionDtypeStatus(z, "a and b", {*a, *b}, proj_kernel, gate_kernel),
         ShapeStatus("a and b", {batch, hidden, rows_padded, columns_padded}, *a, *b),
         ShapeStatus("mask", {batch, rows, columns}, mask),
         ShapeStatus("norm_scale and norm_bias", {channels}, norm_scale, norm_bias),
