@@ -234,5 +234,5 @@ class _Judged:
         shallowest = trunk.depth(self.problem) == min(self.options.blocks)
         if trunk.VARIANTS[name].swap and which == PASSES[-1] and shallowest:
             found["ran"] = [choice._asdict() for choice in explain(step, *self.problem)]
-        found |= timing.timed(step, self.problem, self.options.repeats)._asdict()
+        found |= timing.timed(compiled, step, self.problem, self.options.repeats)._asdict()
         return "ok", ""

@@ -104,7 +104,7 @@ def judge(
             fields["ran"] = [x._asdict() for x in explain(attempt.step, *attempt.operands)]
         if reason := too_far(errors, yardstick):
             return Verdict("wrong", reason, fields)
-        found = timed(attempt.step, attempt.operands, repeats)
+        found = timed(program, attempt.step, attempt.operands, repeats)
         return Verdict("ok", "", fields | found._asdict())
     except Exception as error:
         return Verdict(*failure(error), fields)

@@ -5,8 +5,9 @@
 #   tests/gpu/remote.sh run [PART]...    there, on the same sources with build/carry/: the thin
 #                                        module for that Python, then each PART in its own time
 #
-# A PART is tests, bench, or a harness by its name; all of them if none is named. `run` needs g++
-# and python3 with jax, flax, pytest, nanobind, scikit-build-core, cmake and ninja.
+# A PART is tests, bench, or a harness by its name; all of them if none is named. PYTEST_ARGS,
+# BENCH_ARGS and HARNESS_ARGS are passed on. `run` needs g++ and python3 with jax, flax, pytest,
+# nanobind, scikit-build-core, cmake and ninja.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -43,9 +44,9 @@ run() {
 
   for part in "${parts[@]}"; do
     case $part in
-      tests) step 420 tests python3 -m pytest -m gpu tests ;;
-      bench) step 420 bench python3 -m genie_tk_jax bench ;;
-      *) step 120 "$part" "build/carry/harness/$part" ;;
+      tests) step 420 tests python3 -m pytest -m gpu ${PYTEST_ARGS:-} tests ;;
+      bench) step 420 bench python3 -m genie_tk_jax bench ${BENCH_ARGS:-} ;;
+      *) step 120 "$part" "build/carry/harness/$part" ${HARNESS_ARGS:-} ;;
     esac
   done
   printf '\n%s' "$summary"
@@ -56,7 +57,7 @@ case ${1:-} in
   build) make carry ;;
   run) run "${@:2}" ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
