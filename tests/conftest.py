@@ -14,6 +14,7 @@ else:
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -24,3 +25,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def float64():
+    """Arrays of 64 bits for one test, which float32 would not tell from rounding."""
+    with jax.enable_x64(True):
+        yield jnp.float64

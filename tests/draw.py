@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import genie_tk_jax
 
@@ -20,6 +21,8 @@ LAYERS = [
     ("triangle_attention", {"node": "ending", "ending_bias": "unswapped"}),
 ]
 LAYER_IDS = ["outgoing", "incoming", "starting", "ending", "ending-unswapped"]
+
+implementations = pytest.mark.parametrize("implementation", [None, "xla"], ids=["staged", "xla"])
 
 
 def pair(seed, n, c_z, batch=(), dtype=jnp.float32):

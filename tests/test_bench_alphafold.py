@@ -88,12 +88,14 @@ def test_what_does_not_run_is_a_row_with_its_reason(tmp_path, quick):
 
 def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch, quick):
     monkeypatch.setattr("genie_tk_jax.bench.alphafold.Compiler.check", out_of_time)
-    arguments = ["bench", "alphafold", *TINY, "--contestants", "genie"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "alphafold.json").read_text())
-    assert {row["status"] for row in found["rows"]} == {"skipped"}
-    assert [row["n"] for row in found["longest"]] == [None]
-    assert "none found" in alphafold_report.markdown(found)
+    arguments = ["bench", "alphafold", *TINY, "--contestants", "genie", "--out", str(tmp_path)]
+    for only, statuses in (((), {"skipped"}), (("--only-design",), set())):
+        assert cli.main([*arguments, *only]) == 0
+        found = json.loads((tmp_path / "alphafold.json").read_text())
+        assert {row["status"] for row in found["rows"]} == statuses
+        assert [row["n"] for row in found["longest"]] == [None]
+        table = alphafold_report.markdown(found)
+        assert "none found" in table and ("| fwd |" in table) == bool(statuses)
 
 
 def out_of_time(self):

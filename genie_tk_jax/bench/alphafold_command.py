@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-design", dest="design_blocks", action="store_const", const=0, help="do not seek it"
     )
     parser.add_argument(
+        "--only-design",
+        dest="sizes",
+        action="store_const",
+        const=(),
+        help="seek it, and time no trunk: the GPU stays idle",
+    )
+    parser.add_argument(
         "--memory",
         type=positive,
         metavar="GIB",

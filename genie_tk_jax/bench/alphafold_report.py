@@ -35,24 +35,22 @@ def markdown(found: dict[str, Any]) -> str:
     """The README's tables of one report."""
     options = found["options"]
     parts = [report.title(found) + ".", ""]
-    parts += [f"MSA of {options['msa']}, {options['dtype']}; medians, and peak memory.", ""]
-    parts += [report.cells(COLUMNS), report.cells(["---"] * len(COLUMNS))]
-    problems = report.grouped(found["rows"], PROBLEM)
-    for _, rows in sorted(problems.items(), key=lambda item: item[0]):
-        parts.append(report.cells(compared(rows)))
+    if found["rows"]:
+        parts += [f"MSA of {options['msa']}, {options['dtype']}; medians, and peak memory.", ""]
+        parts += [report.cells(COLUMNS), report.cells(["---"] * len(COLUMNS))]
+        problems = report.grouped(found["rows"], PROBLEM)
+        for _, rows in sorted(problems.items(), key=lambda item: item[0]):
+            parts.append(report.cells(compared(rows)))
+        parts.append("")
     if found["longest"]:
         names = {UNCHUNKED: "without the swap", GENIE: "with it"}
         first = found["longest"][0]
-        parts += [
-            "",
-            f"Longest design through {first['blocks']} blocks, MSA of {first['msa']}:",
-            "",
-        ]
+        parts += [f"Longest design through {first['blocks']} blocks, MSA of {first['msa']}:", ""]
         parts += [
             f"- {names.get(row['contestant'], row['contestant'])}: {_longest(row)}"
             for row in found["longest"]
         ]
-    return "\n".join(parts)
+    return "\n".join(parts).rstrip()
 
 
 def compared(rows: Sequence[Row]) -> list[str]:
