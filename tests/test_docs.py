@@ -1,10 +1,12 @@
-"""The code of docs/hosts.md that needs no host runs as it stands there."""
+"""Documents hold what they say: code that runs, and tables made from the results beside them."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from draw import mask, pair
 from test_convert_files import checkpoint
 
@@ -12,6 +14,22 @@ from genie_tk_jax import convert
 
 ROOT = Path(__file__).parents[1]
 SCOPE = "pairformer_module.layers.0.tri_mul_out"
+
+
+def load(path):
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/speed.md"])
+def test_tables_are_those_of_the_results(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "<!-- bench table " in text
+    assert load(ROOT / "benchmarks" / "tables.py").filled(text) == text
 
 
 def code(heading):

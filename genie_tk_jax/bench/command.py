@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         reader.add_argument("files", type=Path, nargs="+", metavar="JSON")
         if command is _plots:
             add_out(reader)
+            continue
+        reader.add_argument("--sizes", type=sizes, metavar="N,N", help="of residues (default: all)")
+        reader.add_argument("--brief", action="store_true", help="leave out some of the columns")
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -96,7 +99,8 @@ def _table(options: argparse.Namespace) -> int:
     found = _read(options.files)
     trunks = [one for one in found if one.get("kind") == "alphafold"]
     layers = [one for one in found if one.get("kind") != "alphafold"]
-    parts = [report.markdown(layers)] if layers else []
+    columns = report.BRIEF if options.brief else report.COLUMNS
+    parts = [report.markdown(layers, options.sizes, columns)] if layers else []
     print("\n\n".join([*parts, *map(alphafold_report.markdown, trunks)]))
     return 0
 

@@ -18,6 +18,7 @@ COLUMNS = (
     *("workload", "pass", "N", "ms", "kernels", "of ceiling", "XLA ms", "best other ms"),
     *("speed-up", "temp MiB", "leanest other", "error / XLA's"),
 )
+BRIEF = ("workload", "pass", "N", "ms", "best other ms", "speed-up", "temp MiB", "leanest other")
 # Where the output is no terminal, which has a width of its own.
 WIDTH = 160
 NOTHING = "–"
@@ -79,8 +80,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(table)
 
 
-def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """The README's table: one for each device, dtype and model size, a line for each problem."""
+def markdown(
+    reports: Sequence[dict[str, Any]],
+    sizes: Sequence[int] | None = None,
+    columns: Sequence[str] = COLUMNS,
+) -> str:
+    """A table for each device, dtype and model size, a line for each problem of these sizes."""
+    places = [COLUMNS.index(name) for name in columns]
     parts = []
     for group, rows in grouped(merged(reports), GROUP).items():
         about = dict(zip(GROUP, group, strict=True))
@@ -89,9 +95,12 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
         share = f"{about['masked']:.0%} of the pairs masked"
         widths = f"{about['channels']} channels, {about['heads']} heads"
         parts += [f"{about['dtype']}, {widths}, {share}; medians.", ""]
-        parts += [cells(COLUMNS), cells(["---"] * len(COLUMNS))]
-        problems = sorted(grouped(rows, ("workload", "pass", "n")).items(), key=_place(rows))
-        parts += [*(cells(compared(some)) for _, some in problems), ""]
+        parts += [cells(columns), cells(["---"] * len(columns))]
+        for (*_, n), some in sorted(grouped(rows, PROBLEM[-3:]).items(), key=_place(rows)):
+            if sizes is None or n in sizes:
+                line = compared(some)
+                parts.append(cells(line[place] for place in places))
+        parts.append("")
     return "\n".join(parts).rstrip()
 
 
