@@ -107,7 +107,8 @@ def truth(op: str, mask: Any) -> jax.Array | None:
             f"{op}: mask must hold only 0 and 1 (or bool); got {worst}. "
             "Threshold it, for example mask > 0.5."
         )
-    return jnp.asarray(mask) != 0
+    mask = jnp.asarray(mask)
+    return mask if mask.dtype == bool else mask != 0  # XLA would run a kernel to compare a bool
 
 
 def pair(shapes: Shapes, z: Any, mask: Any, pattern: str) -> tuple[jax.Array, jax.Array | None]:
