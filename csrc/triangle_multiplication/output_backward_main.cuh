@@ -113,19 +113,19 @@ struct MainRole : Block<T, C, H> {
       auto& t_tile = shared.t[n % S::kHiddenStages];
       auto& y_tile = shared.Y(n);
       const T* d_out = static_cast<const T*>(g.given.d_out) + pair * C;
-      float x_scale[2], y_scale[2];  // 1 / deviation
+      Moments x_moments, y_moments;
 
       unsigned readable[2] = {1, 1};
       if (of.mask) {
-        if (column < columns) readable[0] = __ldg(of.mask + pair);
-        if (column + 8 < columns) readable[1] = __ldg(of.mask + pair + 8);
+        if (column < columns) readable[0] = MaskAt(of.mask + pair);
+        if (column + 8 < columns) readable[1] = MaskAt(of.mask + pair + 8);
       }
       {
         rt<T, 16, C> x;
         wait(shared.z_arrived[n % S::kTurns], n / S::kTurns % 2);
         warpgroup::load(x, z_tile);
-        KeepReadable(x, readable);
-        Standardize(x, x, x_scale, of.epsilon);
+        x_moments = MomentsOfReadable(x, readable, of.epsilon);
+        Standardize(x, x, x_moments);
         warpgroup::store(z_tile, x);
       }
       if (leads && n >= S::kMains) {  // by now the last results have left their tiles
@@ -138,7 +138,8 @@ struct MainRole : Block<T, C, H> {
         wait(shared.t_arrived[n % S::kTurns], n / S::kTurns % 2);
         LoadTransposed(t, t_tile, warp_row);
         rt<T, 16, H> y;
-        Standardize(y, t, y_scale, of.epsilon);
+        y_moments = MomentsOf<true>(t, of.epsilon);
+        Standardize(y, t, y_moments);
         auto at = y_tile.template subtile<H, 16>({0, warp_row});
         warp::store(at, Transposed(y));
       }
@@ -180,7 +181,7 @@ struct MainRole : Block<T, C, H> {
         warpgroup::load(x, block);
         warpgroup::mma_async_wait();
         Pin(dx);
-        NormDerivative(dx, x, ds_s, x_scale);
+        NormDerivative(dx, x, ds_s, x_moments.scale);
         if (of.residual) AddResidual(dx, d_out + 64 * part, C, columns - column);
         warp::copy(x, dx);
         KeepRows(x, readable);
@@ -197,7 +198,7 @@ struct MainRole : Block<T, C, H> {
         warp::load(Transposed(y), at);
         warpgroup::mma_async_wait();
         Pin(dy);
-        NormDerivative(dy, y, dp_p, y_scale);
+        NormDerivative(dy, y, dp_p, y_moments.scale);
         wait(shared.y_summed[main], parity);
         StoreTransposed(t_tile, dy, warp_row, part);
       }

@@ -170,7 +170,7 @@ __global__ __launch_bounds__(S::kThreads,
         const int column = kPairs * column_tile + 16 * warp_row + 8 * i + laneid() / 4;
         readable[i] = 1;
         if (column < columns && g.given.mask) {
-          readable[i] = __ldg(g.given.mask + int64_t{any_row} * columns + column);
+          readable[i] = MaskAt(g.given.mask + int64_t{any_row} * columns + column);
         }
       }
 
@@ -191,9 +191,8 @@ __global__ __launch_bounds__(S::kThreads,
       rt<T, 16, C> x;
       z_phases.WaitArrived(n);
       warpgroup::load(x, z_tile);
-      KeepReadable(x, readable);
-      Normalize(x, x, MomentsOf<true>(x, g.given.epsilon), shared.norm_in_scale,
-                shared.norm_in_bias);
+      const Moments moments = MomentsOfReadable(x, readable, g.given.epsilon);
+      Normalize(x, x, moments, shared.norm_in_scale, shared.norm_in_bias);
 
       for (int chunk = 0; chunk < g.chunks; ++chunk) {
         rt_fl<16, kColumns> gate, proj;

@@ -20,6 +20,14 @@ __device__ inline T2 Pack(float2 pair) {
   return kittens::base_types::convertor<T2, float2>::convert(pair);
 }
 
+// A pair's mask, asked for where this stands: the compiler would move the load behind the waits
+// that hide it.
+__device__ inline unsigned MaskAt(const uint8_t* at) {
+  unsigned valid;
+  asm volatile("ld.volatile.global.u8 %0, [%1];" : "=r"(valid) : "l"(at));
+  return valid;
+}
+
 // The sum over the four lanes that share a row.
 __device__ inline float RowTotal(float part) {
   part += __shfl_xor_sync(~0u, part, 1);
@@ -55,12 +63,13 @@ __device__ inline void Forget(Tile& tile) {
   }
 }
 
-// Mean and 1 / deviation of the rows lane / 4 and lane / 4 + 8, two passes in float32.
+// Mean and 1 / deviation of the rows lane / 4 and lane / 4 + 8, two passes in float32. Between the
+// passes `repair` may change the tile and its means.
 struct Moments {
   float mean[2], scale[2];
 };
-template <bool kForget = false, typename Tile>
-__device__ inline Moments MomentsOf(Tile& tile, float epsilon) {
+template <bool kForget = false, typename Tile, typename Repair>
+__device__ inline Moments MomentsOf(Tile& tile, float epsilon, const Repair& repair) {
   Moments m;
   float sum[2] = {}, square[2] = {};
 #pragma unroll
@@ -73,6 +82,7 @@ __device__ inline Moments MomentsOf(Tile& tile, float epsilon) {
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) m.mean[i] = RowTotal(sum[i]) * (1.f / Tile::cols);
+  repair(m.mean);
   if constexpr (kForget) Forget(tile);
 #pragma unroll
   for (int j = 0; j < Tile::width; ++j) {
@@ -89,6 +99,11 @@ __device__ inline Moments MomentsOf(Tile& tile, float epsilon) {
   }
   if constexpr (kForget) Forget(tile);
   return m;
+}
+
+template <bool kForget = false, typename Tile>
+__device__ inline Moments MomentsOf(Tile& tile, float epsilon) {
+  return MomentsOf<kForget>(tile, epsilon, [](float (&)[2]) {});
 }
 
 // x = (z - mean) / deviation * scale + bias, rounded once; z may be x.
@@ -111,40 +126,32 @@ __device__ inline void Normalize(X& x, const Z& z, const Moments& m,
   }
 }
 
-// x = (z - mean) / deviation, rounded once; z may be x. `scale` becomes 1 / deviation.
+// x = (z - mean) / deviation, rounded once; z may be x.
 template <typename X, typename Z>
-__device__ inline void Standardize(X& x, Z& z, float (&scale)[2], float epsilon) {
-  const Moments m = MomentsOf<true>(z, epsilon);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) scale[i] = m.scale[i];
+__device__ inline void Standardize(X& x, Z& z, const Moments& m) {
 #pragma unroll
   for (int j = 0; j < X::width; ++j) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float2 pair = Unpack(z.tiles[0][j].data[k]);
       x.tiles[0][j].data[k] = Pack<typename X::dtype>(
-          {(pair.x - m.mean[k % 2]) * scale[k % 2], (pair.y - m.mean[k % 2]) * scale[k % 2]});
+          {(pair.x - m.mean[k % 2]) * m.scale[k % 2], (pair.y - m.mean[k % 2]) * m.scale[k % 2]});
     }
   }
 }
 
-// Zeros the rows of a 16-bit tile that are not `readable` and hold infinity, NaN or values whose
-// sum overflows. `readable`, as KeepRows takes it, then says which rows were kept.
+// The moments of a 16-bit tile whose rows that are not `readable` read as zeros if their sum is
+// infinity or NaN. `readable`, as KeepRows takes it, then says which rows were kept.
 template <typename Tile>
-__device__ inline void KeepReadable(Tile& z, unsigned (&readable)[2]) {
-  if (__all_sync(~0u, readable[0] && readable[1])) return;
-  float size[2] = {};
+__device__ inline Moments MomentsOfReadable(Tile& z, unsigned (&readable)[2], float epsilon) {
+  return MomentsOf<true>(z, epsilon, [&](float (&mean)[2]) {
 #pragma unroll
-  for (int j = 0; j < Tile::width; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float2 pair = Unpack(z.tiles[0][j].data[k]);
-      size[k % 2] += fabsf(pair.x) + fabsf(pair.y);
+    for (int i = 0; i < 2; ++i) {
+      readable[i] |= isfinite(mean[i]);
+      if (!readable[i]) mean[i] = 0;
     }
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) readable[i] |= isfinite(RowTotal(size[i]));
-  KeepRows(z, readable);
+    if (!__all_sync(~0u, readable[0] && readable[1])) KeepRows(z, readable);
+  });
 }
 
 // Adds the vector to every row.
