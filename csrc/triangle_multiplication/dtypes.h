@@ -36,30 +36,22 @@ inline Error KernelDtypeStatus(DataType z, const AnyBuffer& proj_kernel,
   return Error::Success();
 }
 
-// An error unless z has 16 bits, all that is like it, under these names, has its dtype, and both
-// kernels do, or hold float32.
-inline Error ProjectionDtypeStatus(const AnyBuffer& z, const char* names,
-                                   std::initializer_list<AnyBuffer> like_z,
-                                   const AnyBuffer& proj_kernel, const AnyBuffer& gate_kernel) {
-  const DataType dtype = z.element_type();
-  if (dtype != DataType::BF16 && dtype != DataType::F16) {
-    return Error::InvalidArgument("z must be bfloat16 or float16");
-  }
+// An error unless all that is like z, under these names, has its dtype.
+inline Error DtypeStatus(const AnyBuffer& z, const char* names,
+                         std::initializer_list<AnyBuffer> like_z) {
   for (const AnyBuffer& buffer : like_z) {
-    if (buffer.element_type() == dtype) continue;
+    if (buffer.element_type() == z.element_type()) continue;
     return Error::InvalidArgument(std::string(names) + " must have z's dtype");
   }
-  return KernelDtypeStatus(dtype, proj_kernel, gate_kernel);
+  return Error::Success();
 }
 
 // An error unless pairs of channels have z's dtype and contractions the one that goes with it.
-inline Error OutputDtypeStatus(DataType z, std::initializer_list<AnyBuffer> pairs,
+inline Error OutputDtypeStatus(const AnyBuffer& z, std::initializer_list<AnyBuffer> pairs,
                                std::initializer_list<AnyBuffer> contractions) {
-  for (const AnyBuffer& buffer : pairs) {
-    if (buffer.element_type() == z) continue;
-    return Error::InvalidArgument("out, d_out and dz must have z's dtype");
-  }
-  const DataType contracted = z == DataType::BF16 ? DataType::BF16 : DataType::F32;
+  const Error error = DtypeStatus(z, "out, d_out and dz", pairs);
+  if (error.failure()) return error;
+  const DataType contracted = z.element_type() == DataType::BF16 ? DataType::BF16 : DataType::F32;
   for (const AnyBuffer& buffer : contractions) {
     if (buffer.element_type() == contracted) continue;
     return Error::InvalidArgument(
