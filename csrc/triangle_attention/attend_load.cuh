@@ -90,7 +90,9 @@ struct KeyLoader {
   __device__ void Load(const Unit& unit, int pair_row, int tile, uint2 valid, bool wanted,
                        bool last) {
     const int kind = (valid.x | valid.y) == 0 ? kNone : (valid.x & valid.y) == ~0u ? kAll : kSome;
-    const int stage = ring.stage, lane = laneid();
+    const int stage = ring.stage;
+    int lane = laneid();
+    asm volatile("" : "+r"(lane));  // so that no register keeps what follows from it
     auto& arrived = shared.arrived[stage];
     wait(shared.finished[stage], ring.parity ^ 1);
     if (kind == kSome) {
