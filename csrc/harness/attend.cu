@@ -75,9 +75,17 @@ int main(int argc, char** argv) {
                            {2, 3, 300, 65, 1, 32, Mask::kNone, false},
                            {1, 4, 65, 400, 2, 32, Mask::kEnds, true, true}});
   }
+  if (mode == "sizes") {  // what is published beside other libraries, and what the layer takes
+    for (int64_t n : {256, 384, 512, 768, 1024, 1536}) {
+      Case c = cube(n, Mask::kTenth);
+      c.lse = false;
+      TimeOne<bf16>(c), TimeOne<bf16>(cube(n, Mask::kNone, true));
+    }
+    return 0;
+  }
   if (mode != "time") {
     std::vector<Case> cases;
-    for (int64_t n : {1, 2, 16, 63, 64, 65, 77, 129, 200, 257}) {
+    for (int64_t n : {1, 2, 16, 63, 64, 65, 77, 129, 200, 256, 257}) {
       cases.push_back(cube(n)), cases.push_back(cube(n, Mask::kNone, true));
     }
     for (Mask mask : {Mask::kNone, Mask::kRandom, Mask::kSingle, Mask::kPadding, Mask::kEmpty}) {

@@ -4,6 +4,7 @@
 #include "kittens.cuh"
 #include "triangle_attention/attend_logits.cuh"
 #include "triangle_attention/attend_sm90.h"
+#include "triangle_attention/attend_units.cuh"
 
 namespace genie::attend {
 
@@ -52,24 +53,23 @@ struct Shape {
 // A block's share of the work.
 struct Unit {
   int batch, row, head, query;  // the first row and query
-  int tiles;                    // of queries, 2 or 4: the last may have none
+  int tiles;                    // of queries, from 1 to kTiles
 };
 
 template <typename T, int D>
 struct Globals {
   using S = Shape<T, D>;
   using Pairs = gl<T, -1, -1, -1, D, tma::descriptor<typename S::Keys, dim::DEPTH>>;
-  Pairs q, k, v;                                      // [B I, Q or K, H, D]
-  gl<T, -1, -1, -1, -1, typename S::BiasBlock> bias;  // [B, H, Q, Kp]
+  Pairs q, k, v;                                                        // [B I, Q or K, H, D]
+  gl<T, -1, -1, -1, -1, typename S::BiasBlock, typename S::Bias> bias;  // [B, H, Q, Kp]
   PairAttention given;
-  int units, row_groups, query_groups;
+  Units<S::kTiles> cut;
+  int units, row_groups;
 
   __device__ Unit unit(int n) const {
-    const int heads = given.heads, queries = given.queries;
-    const int group = n % query_groups, rest = n / query_groups, any_group = rest / heads;
-    const int query = group * S::kTiles * kQueries;
-    return {any_group / row_groups, any_group % row_groups * kRows, rest % heads, query,
-            min(S::kTiles, (queries - query + 2 * kQueries - 1) / (2 * kQueries) * 2)};
+    const auto [line, first, tiles] = cut[n];
+    const int heads = given.heads, group = line / heads;
+    return {group / row_groups, group % row_groups * kRows, line % heads, first * kQueries, tiles};
   }
 };
 

@@ -70,11 +70,29 @@ struct KeyLoader {
     return all != 0;
   }
 
+  // One copy for a whole unit: large copies are faster.
+  __device__ void LoadBias(const Unit& unit, int stage, int tile) const {
+    const int query_tile = unit.query / kQueries;
+    auto& arrived = shared.arrived[stage];
+    if (unit.tiles == S::kTiles) {
+      auto& bias = reinterpret_cast<typename S::BiasBlock&>(shared.bias[stage]);
+      tma::load_async(bias, g.bias, {unit.batch, unit.head, query_tile / S::kTiles, tile}, arrived);
+      return;
+    }
+#pragma unroll 1
+    for (int t = 0; t < unit.tiles; ++t) {
+      tma::load_async(shared.bias[stage][t], g.bias, {unit.batch, unit.head, query_tile + t, tile},
+                      arrived);
+    }
+  }
+
   // One stage of the ring: what the warp's row makes of keys 64 tile and on.
   __device__ void Load(const Unit& unit, int pair_row, int tile, uint2 valid, bool wanted,
                        bool last) {
     const int kind = (valid.x | valid.y) == 0 ? kNone : (valid.x & valid.y) == ~0u ? kAll : kSome;
-    const int stage = ring.stage, lane = laneid();
+    const int stage = ring.stage;
+    int lane = laneid();
+    asm volatile("" : "+r"(lane));  // so that no register keeps what follows from it
     auto& arrived = shared.arrived[stage];
     wait(shared.finished[stage], ring.parity ^ 1);
     if (kind == kSome) {
@@ -86,18 +104,13 @@ struct KeyLoader {
       const bool with_bias = row == 0 && wanted && g.given.bias;
       shared.kind[stage][row] = kind | (last ? kLast : 0);
       tma::expect_bytes(arrived, (kind ? 2 * sizeof(typename S::Keys) : 0) +
-                                     (with_bias ? sizeof(typename S::BiasBlock) : 0));
+                                     (with_bias ? unit.tiles * sizeof(typename S::Bias) : 0));
       if (kind) {
         auto &k = shared.k[stage][row], &v = shared.v[stage][row];
         tma::load_async<dim::DEPTH, NORMAL>(k, g.k, {pair_row, tile, unit.head, 0}, arrived);
         tma::load_async<dim::DEPTH, NORMAL>(v, g.v, {pair_row, tile, unit.head, 0}, arrived);
       }
-      if (with_bias) {
-        auto& bias = reinterpret_cast<typename S::BiasBlock&>(shared.bias[stage]);
-        tma::load_async(bias, g.bias,
-                        {unit.batch, unit.head, unit.query / (S::kTiles * kQueries), tile},
-                        arrived);
-      }
+      if (with_bias) LoadBias(unit, stage, tile);
     }
     ring.Advance();
   }

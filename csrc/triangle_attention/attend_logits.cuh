@@ -19,8 +19,13 @@ struct alignas(16) MaskTile {
   static constexpr uint32_t kHuge = std::is_same_v<T, bf16> ? 0x5D80 : 0x7BFF;  // 2^60, 65504
   static constexpr uint32_t kMasked = kHuge | 0x8000;
   uint16_t halves[8][kKeys / 8];
+  // The same for a sum: lane l reads row l % 4, for its columns. Padded against bank conflicts.
+  float added[4][kKeys / 4 + 4];
 
-  __device__ void Set(int key, bool valid) { halves[key % 8][key / 8] = valid ? 0 : kMasked; }
+  __device__ void Set(int key, bool valid) {
+    halves[key % 8][key / 8] = valid ? 0 : kMasked;
+    added[key % 8 / 2][key / 8 * 2 + key % 2] = valid ? 0.f : -0x1p120f;
+  }
 
   // logits += those products.
   template <typename Logits>
@@ -52,42 +57,57 @@ struct alignas(16) MaskTile {
 };
 
 // The bias of a warp's 16 queries becomes the first logits by a product with a diagonal matrix,
-// which neither unpacks nor scales in registers. Both are multiplied by the root if q and bias are
-// not in units of the logit: in two terms, as T may not hold it.
+// which neither unpacks nor scales in registers. Where q and bias are not in units of the logit,
+// both are multiplied by the root: on the diagonal if T holds it, else afterwards.
 template <typename T>
 struct BiasProduct {
-  uint32_t scale[4];    // the A operand
-  uint32_t difference;  // of the two terms' bits on the diagonal
-  bool exact;           // the second term is zero
-  uint32_t offset;      // of the lane's row of the matrices that it loads
+  uint32_t scale[4];  // the A operand
+  float left;         // what the product is to be multiplied by
+  bool exact;         // that is 1
+  uint32_t offset;    // of the lane's row of the matrices that it loads
 
   // `zero` hides its value from the compiler, which copies registers that it knows to be equal into
   // place for every product.
   __device__ BiasProduct(float root, int zero) {
-    using convert = base_types::convertor<T, float>;
-    const T rounded = convert::convert(root);
-    const float left = root - base_types::convertor<float, T>::convert(rounded);
+    const T rounded = base_types::convertor<T, float>::convert(root);
+    exact = base_types::convertor<float, T>::convert(rounded) == root;
+    left = exact ? 1.f : root;
     const int lane = laneid(), row = 16 * warpgroup::warpid() + lane % 16;
-    scale[0] = Diagonal(rounded), scale[1] = threadIdx.x & zero;
+    scale[0] = Diagonal(base_types::convertor<T, float>::convert(exact ? root : 1.f));
+    scale[1] = threadIdx.x & zero;
     scale[2] = threadIdx.x & zero >> 1, scale[3] = scale[0] | (lane & zero);
-    difference = Diagonal(rounded) ^ Diagonal(convert::convert(left));
-    exact = left == 0;
     offset = row * 2 * kKeys + ((lane / 16 ^ lane % 8) << 4);
     asm volatile("" : "+r"(offset));
   }
 
-  // s = root * bias, in its first term.
+  // s = bias or root * bias.
   template <typename Logits, typename Bias>
   __device__ void Start(Logits& s, const Bias& bias) const {
     warp::zero(s);
     Add(s, bias);
   }
-  // And in its second.
-  template <typename Logits, typename Bias>
-  __device__ void Finish(Logits& s, const Bias& bias) {
-    Toggle();
-    Add(s, bias);
-    Toggle();
+  // Then root * bias in either case.
+  template <typename Logits>
+  __device__ void Finish(Logits& s) const {
+#pragma unroll
+    for (int j = 0; j < Logits::width; ++j) {
+#pragma unroll
+      for (float2& x : s.tiles[0][j].data) x = {x.x * left, x.y * left};
+    }
+  }
+  // And adds the mask.
+  template <typename Logits>
+  __device__ void Finish(Logits& s, const MaskTile<T>& mask) const {
+    const float4* added = reinterpret_cast<const float4*>(mask.added[laneid() % 4]);
+#pragma unroll
+    for (int j = 0; j < Logits::width; ++j) {
+      const float4 m = added[j];
+      auto& to = s.tiles[0][j].data;
+      to[0] = {fmaf(to[0].x, left, m.x), fmaf(to[0].y, left, m.y)};
+      to[1] = {fmaf(to[1].x, left, m.x), fmaf(to[1].y, left, m.y)};
+      to[2] = {fmaf(to[2].x, left, m.z), fmaf(to[2].y, left, m.w)};
+      to[3] = {fmaf(to[3].x, left, m.z), fmaf(to[3].y, left, m.w)};
+    }
   }
 
  private:
@@ -103,12 +123,6 @@ struct BiasProduct {
       kittens::detail::mma_step<T>(to[0], to[1], scale, b[0], b[1], to[0], to[1]);
       kittens::detail::mma_step<T>(to[2], to[3], scale, b[2], b[3], to[2], to[3]);
     }
-  }
-  // From one term to the other, in place.
-  __device__ void Toggle() {
-    asm volatile("xor.b32 %0, %0, %2;\nxor.b32 %1, %1, %2;"
-                 : "+r"(scale[0]), "+r"(scale[3])
-                 : "r"(difference));
   }
   static __device__ uint32_t Diagonal(T x) {
     const uint32_t bits = reinterpret_cast<const uint16_t&>(x);

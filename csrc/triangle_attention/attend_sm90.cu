@@ -33,14 +33,19 @@ __device__ __forceinline__ void AttendStage(typename Shape<T, D>::Shared& shared
   const bool rare = !bias_product.exact || kind & kSome || first;  // one branch for what is rare
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) {
-    if (t < 2 || tiles > 2) {
+    if (t == 0 || t < tiles) {
       typename S::Logits s;
       const auto& bias = shared.bias[stage][t];
       bias_product.Start(s, bias);
       if (rare) {
         if (first) wait(shared.q_arrived[row][t], q_parities >> t & 1);
-        if (!bias_product.exact) bias_product.Finish(s, bias);
-        if (kind & kSome) shared.mask[stage][row].Apply(s);
+        if (bias_product.exact) {
+          if (kind & kSome) shared.mask[stage][row].Apply(s);
+        } else if (kind & kSome) {
+          bias_product.Finish(s, shared.mask[stage][row]);
+        } else {
+          bias_product.Finish(s);
+        }
       }
       warpgroup::mma_ABt(s, shared.q[row][t], shared.k[stage][row]);
       warpgroup::mma_async_wait();
@@ -157,9 +162,9 @@ cudaError_t LaunchFor(const PairAttention& p, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
 
   const int64_t row_groups = (p.rows + kRows - 1) / kRows;
-  const int64_t query_block = kQueries * S::kTiles;
-  const int64_t query_groups = (p.queries + query_block - 1) / query_block;
-  const int64_t units = p.batch * row_groups * p.heads * query_groups;
+  Units<S::kTiles> cut;
+  const int64_t units =
+      cut.Cut(p.batch * row_groups * p.heads, (p.queries + kQueries - 1) / kQueries, processors);
   if (units >= int64_t{1} << 30) return cudaErrorInvalidValue;
   const size_t rows = p.batch * p.rows, heads = p.heads, queries = p.queries, keys = p.keys;
   const auto data = [](const void* x) { return static_cast<T*>(const_cast<void*>(x)); };
@@ -170,9 +175,9 @@ cudaError_t LaunchFor(const PairAttention& p, cudaStream_t stream) {
         .v = {data(p.v), rows, keys, heads, nullptr},
         .bias = {data(p.bias ? p.bias : p.q), size_t(p.batch), heads, queries, (keys + 7) / 8 * 8},
         .given = p,
+        .cut = cut,
         .units = static_cast<int>(units),
-        .row_groups = static_cast<int>(row_groups),
-        .query_groups = static_cast<int>(query_groups)};
+        .row_groups = static_cast<int>(row_groups)};
     kernel<<<std::min<int64_t>(units, processors), kThreads, kShared, stream>>>(globals);
   } catch (const std::runtime_error&) {  // a stride or a size is beyond TMA
     return cudaErrorInvalidValue;
