@@ -73,7 +73,7 @@ CALLS = {
         [
             *(_CORE[name] for name in "qkv"),
             full(B, HEADS, QUERIES, PADDED),
-            full(B, ROWS, HEADS, 2, 64),
+            full(B, ROWS, HEADS, 128),
             full(PARTS, B, HEADS, QUERIES, PADDED),
         ],
         {"folded": False},

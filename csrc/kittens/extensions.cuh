@@ -98,6 +98,41 @@ __device__ inline void AddRowSums(float (&sums)[4], const kittens::rt<T, 16, 16>
   sums[0] = upper.x, sums[1] = upper.y, sums[2] = lower.x, sums[3] = lower.y;
 }
 
+// Eight ones for each of 16 rows of a second operand, in any layout without swizzle.
+template <typename T>
+struct alignas(16) Ones {
+  T values[128];
+};
+
+// Adds a warpgroup's 64 rows to the sums of its rows, as above, by WGMMAs of one group.
+template <typename T, int cols>
+__device__ inline void StartRowSums(float (&sums)[4], const kittens::rt<T, 16, cols>& tile,
+                                    const Ones<T>& ones) {
+  const uint64_t b =
+      8ull << 16 | 8ull << 32 | (kittens::detail::shared_address(&ones) & 0x3FFFF) >> 4;
+#pragma unroll
+  for (float& sum : sums) asm volatile("" : "+f"(sum));
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int j = 0; j < cols / 16; ++j) {
+    const auto& a = reinterpret_cast<const uint32_t (&)[4]>(tile.tiles[0][j].data);
+    if constexpr (std::is_same_v<T, kittens::bf16>) {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, "
+          "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    } else {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, "
+          "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;"
+          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    }
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
 // x = LayerNorm(z) over the C channels of each of a warp's 16 rows: two-pass variance in float32,
 // one rounding. z is overwritten.
 template <typename T, int C>

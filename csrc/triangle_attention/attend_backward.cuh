@@ -16,7 +16,7 @@ constexpr int kTile = 64;      // queries or keys of a tile: the rows of one WGM
 constexpr int kConsumers = 2;  // warpgroups that compute, each on tiles of its own
 constexpr int kBlock = kConsumers * kTile;
 constexpr int kThreads = (kConsumers + 1) * WARPGROUP_THREADS;
-constexpr int kConsumerRegisters = 216, kProducerRegisters = 72;
+constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
 constexpr int kArrivals = kConsumers * WARPGROUP_WARPS;  // of consumers that finished with a stage
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -43,6 +43,19 @@ struct Globals {
   Biases<T> bias;
   AttendBackward given;
 };
+
+// In fp16, dS of small gradients would lose bits or vanish where it is an operand, and that of
+// large ones is near the end of the range: there it is multiplied by a power of two, which the sums
+// undo.
+template <typename T>
+constexpr bool kScaled = std::is_same_v<T, half>;
+
+// The power of two that brings |d_o| of a query, given its square, to 4..8. As P (dP - delta) is at
+// most |d_o| |v| / 2, nothing overflows below |v| = 16000.
+__device__ inline float ScaleOf(float square) {
+  const int exponent = (__float_as_int(square) >> 23) - 127;
+  return __int_as_float((127 + 2 - (exponent >> 1)) << 23);
+}
 
 // What a block of the queries and the keys pass works on: a tile of 128, a head, kRows rows.
 struct Item {

@@ -34,7 +34,7 @@ Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBu
                             AnyBuffer bias, Optional<PRED, 3> mask, AnyBuffer o, Buffer<F32, 4> lse,
                             AnyBuffer d_o, Result<AnyBuffer> dq, Result<AnyBuffer> dk,
                             Result<AnyBuffer> dv, Result<AnyBuffer> d_bias,
-                            Result<Buffer<F32, 5>> query_rows, Result<Buffer<F32, 5>> chunk_sums,
+                            Result<Buffer<F32, 4>> query_rows, Result<Buffer<F32, 5>> chunk_sums,
                             Folded folded) {
   if (q.dimensions().size() != 5 || k.dimensions().size() != 5) {
     return Error::InvalidArgument("q and k must have 5 dimensions");
@@ -45,6 +45,7 @@ Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBu
                 padded = (keys + kKeysUnit - 1) / kKeysUnit * kKeysUnit,
                 chunks = chunk_sums->dimensions()[0];
   const bool with_bias = !IsAbsent(bias);
+  const Float dtype = q.element_type() == DataType::F16 ? Float::kF16 : Float::kBf16;
   const auto like_bias = {batch, heads, queries, padded};
   for (const Error& error :
        {DtypeStatus(q, {k, v, bias, o, d_o, *dq, *dk, *dv}),
@@ -52,7 +53,7 @@ Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBu
         ShapeStatus("o, d_o and dq", {batch, rows, queries, heads, head_dim}, o, d_o, *dq),
         ShapeStatus("mask", {batch, rows, keys}, mask),
         ShapeStatus("lse", {batch, rows, heads, queries}, lse),
-        ShapeStatus("query_rows", {batch, rows, heads, 2, PaddedQueries(queries)}, *query_rows),
+        ShapeStatus("query_rows", {batch, rows, heads, QueryWords(queries, dtype)}, *query_rows),
         with_bias ? ShapeStatus("bias and d_bias", like_bias, bias, *d_bias) : Error::Success(),
         with_bias && chunks > 1
             ? ShapeStatus("chunk_sums", {chunks, batch, heads, queries, padded}, *chunk_sums)
@@ -77,7 +78,7 @@ Error AttendBackwardHandler(cudaStream_t stream, AnyBuffer q, AnyBuffer k, AnyBu
        .d_bias = with_bias ? static_cast<float*>(d_bias->untyped_data()) : nullptr,
        .query_rows = query_rows->typed_data(),
        .chunk_sums = chunk_sums->typed_data(),
-       .dtype = q.element_type() == DataType::BF16 ? Float::kBf16 : Float::kF16,
+       .dtype = dtype,
        .batch = batch,
        .rows = rows,
        .queries = queries,

@@ -68,7 +68,8 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g, int items,
 #pragma unroll
       for (int r = 0; r < kRows<D>; ++r) {
         const int64_t row_head = (item.any_row + min(r, rows - 1)) * given.heads + item.head;
-        const float* from = given.query_rows + 2 * row_head * queries_padded + kTile * tile;
+        const float* from =
+            given.query_rows + row_head * QueryWords(given.queries, given.dtype) + kTile * tile;
         next[r][0] = __ldg(reinterpret_cast<const float2*>(from) + lane);
         next[r][1] = __ldg(reinterpret_cast<const float2*>(from + queries_padded) + lane);
       }
@@ -133,7 +134,22 @@ __device__ void WeighTransposed(rt_fl<16, kTile>& s, Bias<T>& bias, const float*
 template <int D>
 struct Row {
   rt_fl<16, D> dk, dv;
+  float scale = 1;  // of dS, in fp16
 };
+
+// What is safe for all queries of a row i and head.
+__device__ inline float LeastScale(const AttendBackward& given, int64_t row_head) {
+  const int64_t padded = PaddedQueries(given.queries);
+  const float* scales =
+      given.query_rows + row_head * QueryWords(given.queries, given.dtype) + 2 * padded;
+  float least = INFINITY;
+  for (int i = laneid(); i < padded / 16; i += WARP_THREADS)
+    least = fminf(least, __ldg(scales + i));
+  for (int lanes = 1; lanes < WARP_THREADS; lanes *= 2) {
+    least = fminf(least, __shfl_xor_sync(~0u, least, lanes));
+  }
+  return least;
+}
 
 // One tile of queries for one row.
 template <typename T, int D>
@@ -149,8 +165,9 @@ __device__ void Add(Row<D>& row, const Side<T, D>& k, const Side<T, D>& v, const
       ds.tiles[0][j].data[i] = *reinterpret_cast<const float2*>(&negative_delta[query]);
     }
   }
+  Pin(ds);
   warpgroup::mm_ABt(p, k, q);
-  warpgroup::mma_ABt(ds, v, d_o);
+  warpgroup::mma_ABt<rt_fl<16, kTile>, Side<T, D>, Side<T, D>, 0>(ds, v, d_o);
   warpgroup::mma_async_wait<1>();
   Pin(p);
   WeighTransposed(p, bias, negative_lse, given.scale, given.bias_scale);
@@ -158,6 +175,7 @@ __device__ void Add(Row<D>& row, const Side<T, D>& k, const Side<T, D>& v, const
   Pin(ds);
   rt<T, 16, kTile> low_p, low_ds;
   warp::copy(low_p, p);
+  if constexpr (kScaled<T>) warp::mul(ds, ds, row.scale);
   warp::mul(ds, ds, p);
   warp::copy(low_ds, ds);
   warpgroup::mma_AB(row.dv, low_p, d_o);
@@ -191,6 +209,9 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items,
     for (int r = 0; r < kRows<D>; ++r) {
       warp::zero(rows[r].dk);
       warp::zero(rows[r].dv);
+      if (kScaled<T> && item.row + r < given.rows) {
+        rows[r].scale = LeastScale(given, (item.any_row + r) * given.heads + item.head);
+      }
     }
 
     auto& own = shared.items[item_turn.stage];
@@ -222,7 +243,7 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items,
       const unsigned keep[2] = {IsValid(given, any_row, key), IsValid(given, any_row, key + 8)};
       Pin(rows[r].dk);
       Pin(rows[r].dv);
-      Store(rows[r].dk, given.scale * kLn2, keep, shared.dk[w]);
+      Store(rows[r].dk, given.scale * kLn2 / rows[r].scale, keep, shared.dk[w]);
       Store(rows[r].dv, 1.f, keep, shared.dv[w]);
       FenceAsyncProxy();
       warpgroup::sync(1 + w);

@@ -48,6 +48,7 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g) {
   const AttendBackward& given = g.given;
   const Place place = PlaceOf(given);
   const int lane = laneid(), queries_padded = PaddedQueries(given.queries);
+  const int64_t words = QueryWords(given.queries, given.dtype);
   Turn<S::kStages> turn;
   if (lane == 0) {
     tma::expect_bytes(shared.bias_arrived, sizeof(S::bias));
@@ -69,7 +70,7 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g) {
   const auto read = [&](int64_t row) {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) next[half].Read(given, row, key + kTile * half);
-    const float* from = given.query_rows + 2 * (row * given.heads + place.head) * queries_padded;
+    const float* from = given.query_rows + (row * given.heads + place.head) * words;
     from += min(query, queries_padded - 4);
     next_lse = __ldg(reinterpret_cast<const float4*>(from));
     next_delta = __ldg(reinterpret_cast<const float4*>(from + queries_padded));

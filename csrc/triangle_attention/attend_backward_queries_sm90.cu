@@ -4,6 +4,7 @@
 // Persistent blocks of a producer warp and two consumer warpgroups. A consumer keeps 64 queries of
 // kRows rows in registers and walks the keys; the rows share each tile of the bias.
 #include "triangle_attention/attend_backward.cuh"
+#include "triangle_attention/attend_backward_row.cuh"
 
 namespace genie::attend_backward {
 namespace {
@@ -18,6 +19,7 @@ struct Shared {
   Bias<T> bias[kStages][kConsumers];
   OfItem items[kItems];
   Side<T, D> dq[kConsumers];
+  Ones<T> ones;
   T hidden[kStages][kRows<D>][kTile];
   bool more[kStages];  // false: no tile of keys, the item ends
   semaphore arrived[kStages], finished[kStages], item_arrived[kItems], item_finished[kItems];
@@ -98,96 +100,12 @@ __device__ void Produce(Shared<T, D>& shared, const Globals<T, D>& g, int items,
   }
 }
 
-// What a consumer holds of one row i: sums, and values of the thread's two queries.
-template <int D>
-struct Row {
-  rt_fl<16, D> dq, weighed_k;                           // dS' k and P k
-  float negative_lse[2], negative_delta[2], excess[2];  // excess: the sum of dS' over keys
-};
-
-// -delta0 = -sum(d_o o) of each row.
-template <typename T, int D>
-__device__ void Begin(Row<D>& row, const Side<T, D>& o, const Side<T, D>& d_o,
-                      const float (&lse)[2]) {
-  rt_fl<16, D> product, other;
-  warpgroup::load(product, o);
-  warpgroup::load(other, d_o);
-  warp::mul(product, product, other);
-  col_vec<rt_fl<16, D>> delta;
-  warp::row_sum(delta, product);
-  row.negative_delta[0] = -delta[0][0].x, row.negative_delta[1] = -delta[0][0].y;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    row.negative_lse[i] = -kLog2E * lse[i];
-    row.excess[i] = 0;
-  }
-  warp::zero(row.dq);
-  warp::zero(row.weighed_k);
-}
-
-// One tile of keys for one row.
-template <typename T, int D>
-__device__ void Add(Row<D>& row, const Side<T, D>& q, const Side<T, D>& d_o, const Side<T, D>& k,
-                    const Side<T, D>& v, Bias<T>& bias, const T* hidden,
-                    const AttendBackward& given) {
-  rt_fl<16, kTile> p, ds;
-  warpgroup::mm_ABt(p, q, k);
-  warpgroup::mm_ABt(ds, d_o, v);
-  warpgroup::mma_async_wait<1>();
-  Pin(p);
-  Weigh(p, bias, hidden, row.negative_lse, given.scale, given.bias_scale);
-  warpgroup::mma_async_wait<0>();
-  Pin(ds);
-#pragma unroll
-  for (int j = 0; j < kTile / 16; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 weight = p.tiles[0][j].data[i];
-      float2& x = ds.tiles[0][j].data[i];
-      x.x = weight.x * (x.x + row.negative_delta[i % 2]);
-      x.y = weight.y * (x.y + row.negative_delta[i % 2]);
-      row.excess[i % 2] += x.x + x.y;
-    }
-  }
-  rt<T, 16, kTile> low_p, low_ds;
-  warp::copy(low_p, p);
-  warp::copy(low_ds, ds);
-  warpgroup::mma_AB(row.dq, low_ds, k);
-  warpgroup::mma_AB(row.weighed_k, low_p, k);
-  warpgroup::mma_async_wait<0>();
-}
-
-// Moves dq and delta from delta0 to delta, and writes the row's float32 values for later passes.
-template <int D>
-__device__ void End(Row<D>& row, float* query_rows, int query, int queries_padded, float scale) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    float excess = row.excess[i];
-    excess += __shfl_xor_sync(~0u, excess, 1);
-    excess += __shfl_xor_sync(~0u, excess, 2);
-    row.excess[i] = excess;
-    if (laneid() % 4 == 0 && query + 8 * i < queries_padded) {
-      query_rows[query + 8 * i] = row.negative_lse[i];
-      query_rows[queries_padded + query + 8 * i] = row.negative_delta[i] - excess;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < D / 16; ++j) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      float2& x = row.dq.tiles[0][j].data[k];
-      const float2 y = row.weighed_k.tiles[0][j].data[k];
-      x.x = scale * (x.x - row.excess[k % 2] * y.x);
-      x.y = scale * (x.y - row.excess[k % 2] * y.y);
-    }
-  }
-}
-
 template <typename T, int D>
 __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items, int tiles) {
   using S = Shared<T, D>;
   const AttendBackward& given = g.given;
   const int w = warpgroupid(), queries_padded = PaddedQueries(given.queries);
+  const int64_t words = QueryWords(given.queries, given.dtype);
   Turn<S::kStages> turn;
   Turn<S::kItems> item_turn;
   for (int n = blockIdx.x; n < items; n += gridDim.x) {
@@ -223,7 +141,7 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items,
 #pragma unroll
         for (int r = 0; r < kRows<D>; ++r) {
           Add(rows[r], own.q[w][r], own.d_o[w][r], shared.k[s][r], shared.v[s][r],
-              shared.bias[s][w], shared.hidden[s][r], given);
+              shared.bias[s][w], shared.hidden[s][r], shared.ones, given);
         }
       }
       warp::sync();
@@ -237,9 +155,10 @@ __device__ void Consume(Shared<T, D>& shared, const Globals<T, D>& g, int items,
     for (int r = 0; r < kRows<D>; ++r) {
       Pin(rows[r].dq);
       Pin(rows[r].weighed_k);
+      for (float& sum : rows[r].low_excess) asm volatile("" : "+f"(sum));
       if (!has_row(r)) continue;
-      End(rows[r], given.query_rows + row_head(r) * 2 * queries_padded, query, queries_padded,
-          given.scale * kLn2);
+      End<T>(rows[r], given.query_rows + row_head(r) * words, query, queries_padded,
+             given.scale * kLn2);
       warpgroup::store(shared.dq[w], rows[r].dq);
       FenceAsyncProxy();
       warpgroup::sync(1 + w);
@@ -265,6 +184,8 @@ __global__ __launch_bounds__(kThreads, 1) void Queries(const __grid_constant__ G
     for (auto& s : shared.item_finished) init_semaphore(s, kArrivals, 0);
   }
   if (!g.given.bias) ZeroBias(shared);
+  if (threadIdx.x < 128) shared.ones.values[threadIdx.x] = T(1.f);
+  FenceAsyncProxy();
   everyone::sync(0);
 
   if (warpgroupid() == kConsumers) {

@@ -20,7 +20,7 @@ struct AttendBackward {
   const void* d_o;        // like q
   void *dq, *dk, *dv;     // like q, k, v
   float* d_bias;          // [B, H, Q, Kp], columns K.. are written as zero; or nullptr
-  float* query_rows;      // workspace [B, I, H, 2, Qp]: -lse log2 e and -delta
+  float* query_rows;      // workspace [B, I, H, QueryWords]
   float* chunk_sums;      // workspace [chunks, B, H, Q, Kp]; or nullptr if there is one chunk
   Float dtype;
   int64_t batch, rows, queries, keys, keys_padded;  // B, I, Q, K, Kp = K up to a multiple of 8
@@ -30,6 +30,12 @@ struct AttendBackward {
 
 // Qp: queries up to a multiple of 64.
 constexpr int64_t PaddedQueries(int64_t queries) { return (queries + 63) / 64 * 64; }
+
+// Floats of a row i and head in query_rows: Qp times -lse log2 e, Qp times -delta, and in fp16 the
+// power of two by which dS may be multiplied, for every 16 queries.
+constexpr int64_t QueryWords(int64_t queries, Float dtype) {
+  return PaddedQueries(queries) * 2 + (dtype == Float::kF16 ? PaddedQueries(queries) / 16 : 0);
+}
 
 // Launches on `stream`. Serves D of 16, 32 and 64, bf16 and fp16, tensors at multiples of 16 bytes;
 // for anything else it returns cudaErrorInvalidValue.

@@ -108,8 +108,6 @@ def _backward_unsupported(arrays, weights, *, folded=False) -> str | None:
     """Why the backward kernels cannot serve these operands, or None."""
     if arrays[0].size == 0:
         return f"there must be at least one query; got q {list(arrays[0].shape)}"
-    if arrays[0].dtype == jnp.float16:
-        return "the gradients of float16 logits vanish below 6e-8, which the kernels do not scale"
     return _unsupported(arrays[:5], weights, with_lse=True, folded=folded)
 
 
@@ -130,6 +128,12 @@ def _chunks(rows: int, tiles: int) -> int:
     return min(range(1, min(rows, _MOST_CHUNKS) + 1), key=cost)
 
 
+def _query_words(queries: int, dtype) -> int:
+    """Floats that the backward keeps of a row i and head: lse, delta and, in float16, scales."""
+    padded = queries + -queries % 64
+    return 2 * padded + (padded // 16 if dtype == jnp.float16 else 0)
+
+
 def _backward_call(arrays, weights, *, folded=False):
     q, k, v, bias, mask, o, lse, d_o = arrays
     batch, rows, queries, heads, _ = q.shape
@@ -143,7 +147,7 @@ def _backward_call(arrays, weights, *, folded=False):
     shapes = [(x.shape, x.dtype) for x in (q, k, v)]
     shapes += [
         (like_bias, jnp.float32),
-        ((batch, rows, heads, 2, queries + -queries % 64), jnp.float32),
+        ((batch, rows, heads, _query_words(queries, q.dtype)), jnp.float32),
         ((chunks, *like_bias) if chunks > 1 else (1, 0, 0, 0, 0), jnp.float32),
     ]
     results = [jax.ShapeDtypeStruct(*shape) for shape in shapes]

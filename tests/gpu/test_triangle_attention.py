@@ -99,10 +99,25 @@ def core_problem(seed, dtype, rows, queries, keys, width):
 
 
 @pytest.mark.parametrize(
-    "dtype, sizes", [(jnp.bfloat16, (9, 129, 77, 32)), (jnp.float16, (5, 77, 129, 64))]
+    "dtype, sizes",
+    [
+        (jnp.bfloat16, (9, 129, 77, 32)),
+        (jnp.bfloat16, (9, 77, 129, 16)),
+        (jnp.float16, (9, 129, 77, 32)),
+        (jnp.float16, (5, 77, 129, 64)),
+    ],
 )
 def test_core_is_as_exact_as_xla(dtype, sizes):
     assert_as_exact_as_xla(attend, [core_problem(seed, dtype, *sizes) for seed in SEEDS])
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**6])
+def test_core_in_float16_at_any_scale_of_the_gradient(scale):
+    def scaled(inputs, mask, implementation=None):
+        return attend(inputs, mask, implementation) * jnp.float16(scale)
+
+    given = [core_problem(seed, jnp.float16, 9, 77, 129, 32) for seed in SEEDS]
+    assert_as_exact_as_xla(scaled, given)
 
 
 def test_core_without_bias_or_mask():
