@@ -11,6 +11,8 @@ if shutil.which("nvidia-smi") is None:
     FLAGS.append("--xla_backend_optimization_level=0")
 else:
     FLAGS.append("--xla_gpu_autotune_level=0")
+# Several processes, or a harness beside them, share the memory of one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
