@@ -19,7 +19,10 @@ struct GateRole : Block<T, C> {
     const int warp = warpgroup::warpid();
     const bool here = share.members == 1 || warp / 2 == share.rank;
     auto& pieces = shared.dx[share.members == 1 ? warp : here ? warp % 2 : 2 + warp % 2];
-    if (n > 0) wait(here ? shared.dx_left : shared.part_left, (n - 1) % 2);
+    if (n > 0) {
+      wait(shared.dx_left, (n - 1) % 2);  // by all: the next tile's ds goes where Sum read this
+      if (!here) wait(shared.part_left, (n - 1) % 2);
+    }
     const auto piece = [&](int j) {
       uint4 packed;
 #pragma unroll
