@@ -241,18 +241,6 @@ std::vector<Case> Sharp(float upstream) {
   return cases;
 }
 
-// As many chunks of rows as make whole waves of 132 blocks.
-int Chunks(int64_t n, int heads) {
-  const int64_t tiles = (n + 127) / 128 * ((n + 127) / 128) * heads;
-  int best = 1;
-  double least = 1e30;
-  for (int chunks = 1; chunks <= std::min<int64_t>(n, 16); ++chunks) {
-    const double waves = double((tiles * chunks + 131) / 132) / chunks + 0.02 * chunks;
-    if (waves < least) least = waves, best = chunks;
-  }
-  return best;
-}
-
 template <typename T>
 void TimeOne(int64_t n) {
   Case c = {1, n, n, n, 4, 32};

@@ -171,3 +171,15 @@ class Slice {
   int head_;
   std::vector<double> k_, v_;
 };
+
+// As many chunks of rows as make whole waves of 132 blocks.
+inline int Chunks(int64_t n, int heads) {
+  const int64_t tiles = (n + 127) / 128 * ((n + 127) / 128) * heads;
+  int best = 1;
+  double least = 1e30;
+  for (int chunks = 1; chunks <= std::min<int64_t>(n, 16); ++chunks) {
+    const double waves = double((tiles * chunks + 131) / 132) / chunks + 0.02 * chunks;
+    if (waves < least) least = waves, best = chunks;
+  }
+  return best;
+}
