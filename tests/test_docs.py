@@ -1,6 +1,5 @@
 """Documents hold what they say: code that runs, and tables made from the results beside them."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -8,20 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from draw import mask, pair
+from scripts import load
 from test_convert_files import checkpoint
 
 from genie_tk_jax import convert
 
 ROOT = Path(__file__).parents[1]
 SCOPE = "pairformer_module.layers.0.tri_mul_out"
-
-
-def load(path):
-    """A script of the project as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/speed.md"])

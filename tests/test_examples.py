@@ -12,6 +12,7 @@ import haiku_hosts
 import jax
 import numpy as np
 import pytest
+from scripts import load
 
 from genie_tk_jax import convert
 
@@ -21,10 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def example(name, monkeypatch):
     """The example as a module; run where XLA's settings can still be given, in this process."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(EXAMPLES / f"{name}.py")
 
 
 def needs(package, host):

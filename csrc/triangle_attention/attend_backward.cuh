@@ -148,6 +148,21 @@ __device__ inline void Weigh(rt_fl<16, kTile>& s, Bias<T>& bias, const T* hidden
   }
 }
 
+// p = P and dp = d_o v^T of 64 queries and 64 keys of a row i.
+template <typename T, int D>
+__device__ inline void WeighPairs(rt_fl<16, kTile>& p, rt_fl<16, kTile>& dp, const Side<T, D>& q,
+                                  const Side<T, D>& d_o, const Side<T, D>& k, const Side<T, D>& v,
+                                  Bias<T>& bias, const T* hidden, const float (&negative_lse)[2],
+                                  const AttendBackward& given) {
+  warpgroup::mm_ABt(p, q, k);
+  warpgroup::mm_ABt(dp, d_o, v);
+  warpgroup::mma_async_wait<1>();
+  Pin(p);
+  Weigh(p, bias, hidden, negative_lse, given.scale, given.bias_scale);
+  warpgroup::mma_async_wait<0>();
+  Pin(dp);
+}
+
 // Bias tiles that no copy will fill read as zero.
 template <typename Shared>
 __device__ inline void ZeroBias(Shared& shared) {

@@ -128,13 +128,7 @@ __device__ void Add(rt_fl<16, kTile>& sums, const Side<T, D>& q, const Side<T, D
                     const float (&negative_lse)[2], const float (&negative_delta)[2],
                     const AttendBackward& given) {
   rt_fl<16, kTile> p, dp;
-  warpgroup::mm_ABt(p, q, k);
-  warpgroup::mm_ABt(dp, d_o, v);
-  warpgroup::mma_async_wait<1>();
-  Pin(p);
-  Weigh(p, bias, hidden, negative_lse, given.scale, given.bias_scale);
-  warpgroup::mma_async_wait<0>();
-  Pin(dp);
+  WeighPairs(p, dp, q, d_o, k, v, bias, hidden, negative_lse, given);
 #pragma unroll
   for (int j = 0; j < kTile / 16; ++j) {
 #pragma unroll

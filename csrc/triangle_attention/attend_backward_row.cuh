@@ -49,13 +49,7 @@ __device__ void Add(Row<D>& row, const Side<T, D>& q, const Side<T, D>& d_o, con
                     const Side<T, D>& v, Bias<T>& bias, const T* hidden, const Ones<T>& ones,
                     const AttendBackward& given) {
   rt_fl<16, kTile> p, ds;
-  warpgroup::mm_ABt(p, q, k);
-  warpgroup::mm_ABt(ds, d_o, v);
-  warpgroup::mma_async_wait<1>();
-  Pin(p);
-  Weigh(p, bias, hidden, row.negative_lse, given.scale, given.bias_scale);
-  warpgroup::mma_async_wait<0>();
-  Pin(ds);
+  WeighPairs(p, ds, q, d_o, k, v, bias, hidden, row.negative_lse, given);
 #pragma unroll
   for (int j = 0; j < kTile / 16; ++j) {
 #pragma unroll

@@ -96,7 +96,8 @@ def markdown(
         widths = f"{about['channels']} channels, {about['heads']} heads"
         parts += [f"{about['dtype']}, {widths}, {share}; medians.", ""]
         parts += [cells(columns), cells(["---"] * len(columns))]
-        for (*_, n), some in sorted(grouped(rows, PROBLEM[-3:]).items(), key=_place(rows)):
+        problems = grouped(rows, ("workload", "pass", "n"))
+        for (*_, n), some in sorted(problems.items(), key=_place(rows)):
             if sizes is None or n in sizes:
                 line = compared(some)
                 parts.append(cells(line[place] for place in places))
