@@ -14,7 +14,6 @@
 #include "kittens/extensions.cuh"
 #include "resident.cuh"
 #include "triangle_multiplication/project_sm90.h"
-#include "triangle_multiplication/rows.cuh"
 
 namespace genie {
 namespace {
@@ -155,7 +154,7 @@ __global__ __launch_bounds__(S::kThreads, 1) void Project(const __grid_constant_
             kPairs * at.column_tile + 16 * warpgroup::warpid() + 8 * i + laneid() / 4;
         valid[i] = column < columns && at.row < rows;
         if (valid[i] && g.given.mask) {
-          valid[i] = MaskAt(g.given.mask + int64_t{at.source_row} * columns + column);
+          valid[i] = __ldg(g.given.mask + int64_t{at.source_row} * columns + column);
         }
       }
 
